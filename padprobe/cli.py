@@ -1,0 +1,181 @@
+"""`padprobe fit | validate | test | predict | probe | study | report`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from padprobe.results import Results
+
+LIGHTNING = {
+    "fit": "train any LightningModule, with or without PositionProbeCallback",
+    "validate": "score it on its validation data",
+    "test": "score it on its test data",
+    "predict": "run it on its prediction data",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, 1 where a study's cell failed, 2 for bad input."""
+    args = list(sys.argv[1:] if args is None else args)
+    if args and args[0] in LIGHTNING:
+        from padprobe.fit import lightning_cli
+
+        return _guard(lambda: lightning_cli(args) and 0)
+    options = _parser().parse_args(args)
+    return _guard(lambda: options.command(options))
+
+
+def _guard(command) -> int:
+    """Bad input is one line on the screen, not a traceback."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        return command() or 0
+    except (ValueError, MisconfigurationException) as error:
+        print(f"padprobe: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="padprobe", description="How much absolute position does a CNN encode, and where does it come from?"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in LIGHTNING.items():
+        commands.add_parser(name, help=f"{text} (LightningCLI: padprobe {name} --help)", add_help=False)
+
+    probe = commands.add_parser("probe", help="read position out of a frozen encoder")
+    probe.add_argument("--encoder", required=True, help="torchvision:NAME, smp:NAME, timm:NAME, or a .ckpt file")
+    probe.add_argument("--weights", default="untrained", help="untrained, a name the library knows, or a file")
+    probe.add_argument("--padding", default="zeros", help="zeros, valid, reflect, replicate or circular")
+    probe.add_argument("--train", default="dead_leaves", metavar="DIR", help="images to train on (default: dead leaves)")
+    probe.add_argument(
+        "--test",
+        action="append",
+        metavar="[NAME=]DIR",
+        help="images to score on, beside black, white and noise; may be repeated (default: dead leaves)",
+    )
+    probe.add_argument("--limit-train", type=int, metavar="N", help="a random sample of the training images")
+    probe.add_argument("--limit-test", type=int, metavar="N", help="a random sample of each test set")
+    probe.add_argument("--stages", nargs="+", default="auto", metavar="LAYER", help="default: found by themselves")
+    probe.add_argument("--targets", nargs="+", default=["H", "V", "G", "HS", "VS"], metavar="MAP")
+    probe.add_argument("--kernel-size", type=int, default=3, help="of the readout (default 3)")
+    probe.add_argument("--depth", type=int, default=1, help="convolutions of the readout (default 1)")
+    probe.add_argument("--head-padding", type=int, default=0, help="zero padding of the readout (default 0)")
+    probe.add_argument("--image-size", type=int, default=224, help="in pixels (default 224)")
+    probe.add_argument("--normalize", action="store_true", help="ImageNet mean and std (the paper's code: none)")
+    probe.add_argument("--epochs", type=int, default=15, help="of the readout's training (default 15)")
+    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--num-workers", type=int, default=0, help="processes that read images (default 0)")
+    probe.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    probe.add_argument("--out", required=True, metavar="DIR", help="folder for results.csv and the report")
+    probe.set_defaults(command=_probe)
+
+    study = commands.add_parser("study", help="train, probe and compare the encoders that a YAML lists")
+    study.add_argument("config", metavar="YAML")
+    study.add_argument("--out", required=True, metavar="DIR", help="folder for all results; a killed study goes on there")
+    study.set_defaults(command=_study)
+
+    report = commands.add_parser("report", help="rebuild the report from results alone")
+    report.add_argument("results", nargs="+", metavar="DIR", help="--out folders of probe or study")
+    report.add_argument("--out", required=True, metavar="DIR")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from padprobe.encoders import load_encoder
+    from padprobe.probing import probe_encoder
+
+    encoder = load_encoder(options.encoder, options.weights, options.padding, options.seed)
+    test: dict[str, str] = {}
+    for text in options.test or ["dead_leaves"]:
+        name, equals, folder = text.partition("=")
+        test[name if equals else _name(text)] = folder if equals else text
+    test.update({name: name for name in ("black", "white", "noise")})
+    name = Path(options.encoder).stem if options.encoder.endswith(".ckpt") else options.encoder.partition(":")[2]
+    with _progress() as (progress, say):
+        results = probe_encoder(
+            encoder,
+            options.train,
+            test,  # type: ignore[arg-type]
+            stages=options.stages,
+            targets=options.targets,
+            kernel_size=options.kernel_size,
+            depth=options.depth,
+            padding=options.head_padding,
+            image_size=options.image_size,
+            normalize=options.normalize,
+            epochs=options.epochs,
+            seed=options.seed,
+            limit_train=options.limit_train,
+            limit_test=options.limit_test,
+            num_workers=options.num_workers,
+            device=options.device,
+            labels={"run": f"{name}-{options.padding}", "encoder": options.encoder, "weights": options.weights, "task": ""},
+            progress=progress,
+        )
+        results.save(options.out)
+    return _show(results, options.out)
+
+
+def _name(folder: str) -> str:
+    """What a test set is called: its folder's name, or its parent's where the folder is just called "images"."""
+    path = Path(folder)
+    return path.resolve().parent.name if path.name.lower() in ("images", "imgs", "image") else path.name
+
+
+def _study(options: argparse.Namespace) -> int:
+    from padprobe.study import run_study
+
+    with _progress() as (progress, say):
+        results, failed = run_study(options.config, options.out, progress, say)
+    _show(results, options.out)
+    return 1 if failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from padprobe.results import Results
+
+    return _show(Results.join(Results.load(folder) for folder in options.results), options.out)
+
+
+def _show(results: Results, out: str) -> int:
+    """Writes the report and prints the main table and where the page is."""
+    from padprobe.report import main_table, write_report
+
+    page = write_report(results, Path(out))
+    print(main_table(results))
+    print(f"\nreport: {page}")
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[tuple]:
+    """A display of what runs, what is done and what is left: (progress(what, done, total), say(line))."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as display:
+        shown: dict[str, int] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                for task in shown.values():
+                    display.remove_task(task)
+                shown.clear()
+                shown[what] = display.add_task(what, total=total or None)
+            display.update(shown[what], completed=done, total=total or None)
+
+        yield progress, lambda line: display.console.print(line, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""An encoder by name, with its weights."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from padprobe.errors import check_name
+from padprobe.padding import set_padding
+
+LIBRARIES = ("torchvision", "smp", "timm")
+
+
+def load_encoder(
+    name: str,
+    weights: str | Path = "untrained",
+    padding: str = "zeros",
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """An encoder in evaluation mode.
+
+    Args:
+        name: ``"torchvision:vgg16"``, ``"smp:resnet34"``, ``"timm:convnext_tiny"``, or the path of a Lightning
+            checkpoint (``.ckpt``), whose ``encoder`` submodule is taken with the weights and padding it was trained with.
+        weights: ``"untrained"``, a name that the library knows (``"IMAGENET1K_V1"``, ``"imagenet"``, a timm tag), which
+            may be downloaded, or the path of a state dict (loaded as weights only; head weights may be missing).
+        padding: how it pads, see :func:`~padprobe.set_padding`; leaves a checkpoint's encoder alone if "zeros".
+        seed: of untrained weights; the global random state is left alone.
+        options: further arguments of the library's constructor, such as smp's ``config`` and ``out_channels`` of a VGG.
+
+    Raises:
+        ValueError: for an unknown library, architecture, weight or padding name (with the nearest valid ones) and for
+            a weights file that does not fit the architecture.
+    """
+    if str(name).endswith(".ckpt"):
+        encoder = _from_checkpoint(Path(name))
+    else:
+        library, _, architecture = str(name).partition(":")
+        if not architecture:
+            raise ValueError(
+                f"unknown encoder {name!r}: expected 'torchvision:NAME', 'smp:NAME', 'timm:NAME' or a .ckpt file"
+            )
+        check_name(library, LIBRARIES, "encoder library")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = _BUILD[library](architecture, weights, options or {})
+    if Path(weights).is_file():
+        _load_state(encoder, Path(weights))
+    if padding != "zeros" or not str(name).endswith(".ckpt"):
+        set_padding(encoder, padding)
+    return encoder.eval()
+
+
+def _check_weights(weights: str | Path, known: list[str]) -> str | None:
+    """A weight name that the library knows, or None where its own weights are not wanted."""
+    if weights == "untrained" or Path(weights).is_file():
+        return None
+    check_name(str(weights), ["untrained", *known, "a file's path"], "weights")
+    return str(weights)
+
+
+def _torchvision(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    check_name(architecture, models.list_models(models), "torchvision encoder")
+    known = list(models.get_model_weights(architecture).__members__)
+    return models.get_model(architecture, weights=_check_weights(weights, known), **options)
+
+
+def _smp(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
+    from segmentation_models_pytorch.encoders import encoders, get_encoder
+
+    check_name(architecture, encoders, "smp encoder")
+    known = list(encoders[architecture].get("pretrained_settings", {}))
+    pretrained = _check_weights(weights, known)
+    if not options:
+        return get_encoder(architecture, weights=pretrained)
+    # get_encoder() drops the options of all but timm's encoders, so the class is called as get_encoder() calls it
+    entry = encoders[architecture]
+    return entry["encoder"](**{**entry["params"], "depth": 5, "output_stride": 32, **options})
+
+
+def _timm(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
+    import timm
+
+    check_name(architecture, timm.list_models(), "timm encoder")
+    tags = [tag.partition(".")[2] for tag in timm.list_pretrained(architecture)]
+    tag = _check_weights(weights, tags)
+    name = f"{architecture}.{tag}" if tag else architecture
+    return timm.create_model(name, pretrained=tag is not None, features_only=True, **options)
+
+
+_BUILD = {"torchvision": _torchvision, "smp": _smp, "timm": _timm}
+
+
+def _read(path: Path) -> Any:
+    """A file of tensors and plain values; nothing in it is executed."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot read {str(path)!r} as weights: {error}") from error
+
+
+def _load_state(encoder: nn.Module, path: Path) -> None:
+    """Loads a state dict; every convolution must find its weights."""
+    state = _read(path)
+    state = state.get("state_dict", state)
+    expected = encoder.state_dict()
+    wrong = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
+    convolutions = [k for k, v in expected.items() if v.ndim == 4]
+    missing = [k for k in convolutions if k not in state]
+    if wrong or missing:
+        what = "has other shapes for" if wrong else "lacks"
+        raise ValueError(
+            f"weights {str(path)!r} do not fit {type(encoder).__name__}: the file {what} {', '.join((wrong or missing)[:3])}"
+            f" ({len(wrong or missing)} in all); its keys look like {', '.join(list(state)[:3])}"
+        )
+    nn.Module.load_state_dict(encoder, state, strict=False)
+
+
+def _from_checkpoint(path: Path) -> nn.Module:
+    """The ``encoder`` of the LightningModule that a checkpoint was written from."""
+    if not path.is_file():
+        raise ValueError(f"no checkpoint {str(path)!r}")
+    checkpoint = _read(path)
+    hparams = dict(checkpoint.get("hyper_parameters", {}))
+    class_path = hparams.pop("_class_path", None)
+    if class_path is None:
+        raise ValueError(
+            f"checkpoint {str(path)!r} does not say which LightningModule wrote it: train with `padprobe fit`, or build "
+            "the module yourself and give probe_encoder its encoder"
+        )
+    from lightning.pytorch import LightningModule
+
+    module_name, _, class_name = class_path.rpartition(".")
+    task = getattr(importlib.import_module(module_name), class_name)
+    if not (isinstance(task, type) and issubclass(task, LightningModule)):
+        raise ValueError(f"checkpoint {str(path)!r} names {class_path}, which is no LightningModule")
+    hparams.pop("_instantiator", None)
+    module = task(**hparams)
+    module.load_state_dict(checkpoint["state_dict"])
+    return module.get_submodule(find_encoder(module))
+
+
+def find_encoder(module: nn.Module) -> str:
+    """The dotted name of the encoder in a task's network: the submodule called ``encoder`` or ``backbone`` that lies
+    least deep; "" (the whole module) where there is none."""
+    names = [name for name, _ in module.named_modules() if name.split(".")[-1] in ("encoder", "backbone")]
+    return min(names, key=lambda name: name.count("."), default="")

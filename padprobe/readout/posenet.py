@@ -1,0 +1,138 @@
+"""The paper's readout f_pem, for any number of targets side by side (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from padprobe.maps import TARGETS, position_maps
+
+
+class PosENet(nn.Module):
+    """Predicts position maps from stages that were aligned to one grid: one independent readout a target.
+
+    Conv k x k (without padding) -> BatchNorm -> sigmoid -> bilinear to ``size``; deeper ones have (Conv k x k of C -> C
+    channels, BatchNorm, ReLU) layers before. Xavier-uniform weights, zero biases. Readouts share nothing but the
+    features and each target's weights come from its own random stream, so adding a target changes no other's result.
+    The global random state is left alone.
+
+    Args:
+        in_channels: channels of all stages together (1472 for VGG16; 3 for the RGB image alone, the paper's "PosENet").
+        targets: position maps to predict, out of ``H, V, G, HS, VS``.
+        kernel_size: of every convolution; odd.
+        depth: number of convolutions.
+        padding: zero padding of the convolutions (the paper's table 4 gives PosENet 0, 1 and 2).
+        grid: side of the aligned features in cells.
+        size: height and width of the maps in pixels.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: for an unknown target, an even kernel, or a kernel and depth that leave nothing of the grid.
+
+    Source: paper, section 3.1 and table 2; the authors' code for what the text leaves open.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        targets: Sequence[str] = TARGETS,
+        kernel_size: int = 3,
+        depth: int = 1,
+        padding: int = 0,
+        grid: int = 28,
+        size: int = 224,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}; expected an odd number such as 1, 3, 5 or 7")
+        if depth < 1 or padding < 0:
+            raise ValueError(f"depth is {depth} and padding {padding}; expected depth >= 1 and padding >= 0")
+        side = grid + depth * (2 * padding - kernel_size + 1)
+        if side < 2:
+            raise ValueError(
+                f"{depth} convolution(s) of size {kernel_size} with padding {padding} leave {side} cells of a grid of "
+                f"{grid}: use a larger grid, a smaller kernel_size or more padding"
+            )
+        self.targets = tuple(targets)
+        self.kernel_size, self.padding, self.grid, self.size = kernel_size, padding, grid, size
+        self.register_buffer("maps", position_maps(size, targets), persistent=False)
+
+        self.hidden = nn.ModuleList()
+        weights = []
+        for target in targets:
+            generator = torch.Generator().manual_seed(1000 * seed + TARGETS.index(target))
+            layers: list[nn.Module] = []
+            for _ in range(depth - 1):
+                conv = nn.utils.skip_init(nn.Conv2d, in_channels, in_channels, kernel_size, padding=padding)
+                nn.init.xavier_uniform_(conv.weight, generator=generator)
+                nn.init.zeros_(conv.bias)
+                layers += [conv, nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True)]
+            self.hidden.append(nn.Sequential(*layers))
+            weights.append(
+                nn.init.xavier_uniform_(torch.empty(1, in_channels, kernel_size, kernel_size), generator=generator)
+            )
+        self.weight = nn.Parameter(torch.cat(weights))  # (T, C, k, k): one convolution a target
+        self.bias = nn.Parameter(torch.zeros(len(weights)))
+        self.norm = nn.BatchNorm2d(len(weights))  # one channel a target: the same as a BatchNorm(1) each
+
+        # Bilinear upsampling is linear and separable: full = up @ small @ up.T, so the squared error at full size is a
+        # quadratic form in the small map. See loss().
+        up = F.interpolate(torch.eye(side)[None], size=size, mode="linear", align_corners=False)[0].T  # (size, side)
+        self.register_buffer("up", up, persistent=False)
+        self.register_buffer("gram", up.T @ up, persistent=False)
+        self.register_buffer("projected", up.T @ self.maps @ up, persistent=False)  # (T, side, side)
+
+    up: Tensor
+    gram: Tensor
+    maps: Tensor
+    projected: Tensor
+
+    def predict_small(self, features: Tensor) -> Tensor:
+        """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side) in [0, 1]."""
+        if len(self.hidden[0]):
+            split = zip(self.hidden, self.weight[:, None], self.bias[:, None], strict=True)
+            raw = torch.cat([F.conv2d(h(features), w, b, padding=self.padding) for h, w, b in split], dim=1)
+        else:
+            raw = _conv_few(features, self.weight, self.padding) + self.bias[:, None, None]
+        return torch.sigmoid(self.norm(raw))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predicted position maps: (B, C, grid, grid) -> (B, T, size, size) in [0, 1]."""
+        return self.up @ self.predict_small(features) @ self.up.T
+
+    def loss(self, features: Tensor) -> Tensor:
+        """Mean squared error of each target's maps at full size: (B, C, grid, grid) -> (T,).
+
+        Equal to ``((forward(features) - maps) ** 2).mean((0, 2, 3))`` up to rounding, without the full-size maps: with
+        K = up' up and B = up' map up, |up P up' - map|^2 = <P, K P K> - 2 <P, B> + |map|^2.
+        """
+        small = self.predict_small(features)
+        quadratic = (small * (self.gram @ small @ self.gram)).sum((2, 3))
+        cross = (small * self.projected).sum((2, 3))
+        constant = self.maps.square().sum((1, 2))
+        return (quadratic - 2 * cross + constant).mean(0) / self.size**2
+
+
+def _conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """``F.conv2d(features, weight, padding=padding)`` for a handful of output channels, several times faster.
+
+    All the kernel's taps as one matrix product over the channels, then k * k shifted sums of its few rows.
+    """
+    t, c, k, _ = weight.shape
+    b, _, h, w = features.shape
+    rows = weight.permute(0, 2, 3, 1).reshape(1, t * k * k, c).expand(b, -1, -1)
+    taps = torch.bmm(rows, features.reshape(b, c, h * w)).view(b, t, k, k, h, w)  # matmul would copy the features
+    if padding:
+        taps = F.pad(taps, [padding] * 4)
+    height, width = h + 2 * padding - k + 1, w + 2 * padding - k + 1
+    shifted = [taps[:, :, i, j, i : i + height, j : j + width] for i in range(k) for j in range(k)]
+    return torch.stack(shifted).sum(0)
+
+
+def make_optimizer(readout: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
+    """The paper's optimizer for a readout: SGD, momentum .9, weight decay 1e-4 (section 3.2; lr from the code)."""
+    return torch.optim.SGD(readout.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)

@@ -1,0 +1,147 @@
+"""Puts the tables and figures on one page, and the main table on the terminal."""
+
+from __future__ import annotations
+
+import base64
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+
+from padprobe.report import tables
+from padprobe.report.paper import paper_numbers
+from padprobe.report.sections import Figure, Section, headline_rows, number, readout_sections, task_section
+from padprobe.results import Results, write_atomically
+
+
+def write_report(results: Results, out: Path) -> Path:
+    """Writes a results' page into a folder: ``report.html`` (all in one file), ``report.md`` with ``figures/``, and the
+    numbers as ``results.csv`` and ``trajectory.csv``.
+
+    Args:
+        results: of a study or a probe, or several joined.
+        out: made if need be; files of an earlier report are replaced.
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        ValueError: for results without any measurement.
+    """
+    rows = _rows(results)
+    out = Path(out)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    table = tables.position_table(rows)
+    head = tables.headline(table)
+    sections = [*readout_sections(table, head)]
+    if task := task_section(tables.task_table(rows)):
+        sections.insert(min(1, len(sections)), task)
+    sections += _figures(results, rows, head)
+    for figure in (figure for section in sections for figure in section.figures):
+        _write(out / "figures" / f"{figure.name}.png", figure.png)
+
+    runs = rows["group"].unique()
+    seeds = sorted(rows["seed"].unique())
+    environment = Environment(
+        loader=PackageLoader("padprobe.report", "."),
+        autoescape=lambda name: name == "report.html.jinja",
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    environment.filters["cell"] = lambda text: text.replace("\n", " ").replace("|", "\\|")
+    context = {"sections": sections, "runs": runs, "seeds": seeds, "paper": paper_numbers()}
+    for name in ("report.md", "report.html"):
+        _write(out / name, environment.get_template(f"{name}.jinja").render(context).encode())
+    write_atomically(out / "trajectory.csv", lambda path: results.trajectory.to_csv(path, index=False))
+    write_atomically(out / "results.csv", lambda path: results.rows.to_csv(path, index=False))
+    return out / "report.html"
+
+
+def main_table(results: Results) -> str:
+    """The headline and the task scores as plain text for a terminal, at most about 100 columns wide.
+
+    Raises:
+        ValueError: for results without any measurement.
+    """
+    rows = _rows(results)
+    parts = []
+    head = tables.headline(tables.position_table(rows))
+    if len(head):
+        targets = tables.targets_of(head)
+        compared = head["delta"].notna().any()
+        caption = f"SPC on {', '.join(head['stimulus'].unique())}"
+        caption += ", and its difference from the untrained encoder's with the same padding" if compared else ""
+        lines = [["run", "padding", *targets]]
+        for kind, name, row, spc, delta in headline_rows(head):
+            sign = "+" if kind == "gap" else ""
+            cells = [
+                number(s, sign=sign) + ("" if pd.isna(d) else f" {number(d, 2, '+')}")
+                for s, d in zip(spc, delta, strict=True)
+            ]
+            lines.append([name, row["padding"], *cells])
+        parts.append(_aligned(caption, lines))
+    scores = tables.task_table(rows)
+    if len(scores):
+        columns = [c for c in scores if c not in ("encoder", "task")]
+        numbers = [
+            [v if isinstance(v, str) else number(v, sign="+" if c == "difference" else "") for c, v in row.items()]
+            for row in scores[columns].to_dict("records")
+        ]
+        parts.append(_aligned("Task scores, padded and unpadded", [columns, *numbers]))
+    return "\n\n".join(parts)
+
+
+def _rows(results: Results) -> pd.DataFrame:
+    if not len(results.rows):
+        raise ValueError("nothing to report: the results have no measurement")
+    return tables.clean(results.rows)
+
+
+def _figures(results: Results, rows: pd.DataFrame, head: pd.DataFrame) -> list[Section]:
+    """The sections that are figures: trajectories, predicted maps, content loss."""
+    from padprobe.report import figures  # matplotlib
+
+    sections = []
+    trajectory = tables.trajectory_table(results.trajectory, rows)
+    if len(trajectory):
+        reading = (
+            "SPC of a readout that the callback trains beside the network: a rising line says that position becomes "
+            "easier to read, and the distance from solid (zero padding) to dashed (no padding) is padding's share."
+        )
+        figure = Figure("trajectory", "SPC over training steps", figures.to_png(figures.draw_trajectory(trajectory)))
+        sections.append(Section("Position during training", reading, figures=[figure]))
+    maps = figures.collect_maps(rows, results.maps)
+    shown = list(
+        head.loc[head["run"] != tables.RGB, ["run", "stimulus"]].drop_duplicates().itertuples(index=False, name=None)
+    )
+    drawn = figures.draw_maps(maps, shown)
+    if drawn:
+        stimuli = ", ".join(dict.fromkeys(stimulus for _, stimulus in shown))
+        reading = (
+            f"Mean prediction over the images of {stimuli}: the more a tile looks like the target, the more "
+            "position the encoder holds; a flat tile is a readout that found none."
+        )
+        figure = Figure("maps", "Predicted position maps beside their targets", figures.to_png(drawn))
+        sections.append(Section("Predicted maps beside their targets", reading, figures=[figure]))
+    drawn = figures.draw_content_loss(maps)
+    if drawn:
+        reading = (
+            "Where position is lost: the mean of the absolute error maps of H, V and G; dark is exact, and errors that "
+            "grow away from the border say that position enters there."
+        )
+        figure = Figure("content_loss", "Content-loss heat maps by run and stimulus", figures.to_png(drawn))
+        sections.append(Section("Content loss", reading, figures=[figure]))
+    return sections
+
+
+def _aligned(caption: str, lines: list[list[Any]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([textwrap.fill(caption, 100), *text])
+
+
+def _write(path: Path, data: bytes) -> None:
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))

@@ -1,0 +1,208 @@
+"""The report's tables as numbers: what to average, what to subtract, what to set beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+
+import pandas as pd
+
+from padprobe.maps import TARGETS
+from padprobe.report.paper import paper_cell
+from padprobe.results import COLUMNS
+
+RUN = ["run", "encoder", "weights", "task", "padding"]
+READOUT = ["readout", "kernel_size", "depth", "head_padding", "stages"]
+RGB = "RGB only"
+"""The run name of the control: the readout on the image alone, without an encoder."""
+
+_COUNTS = ["seed", "kernel_size", "depth", "head_padding", "n"]
+_REALS = ["value", "ci_low", "ci_high"]
+_PAPER_READOUT = ("posenet", 3, 1, 0)
+_BLANK = ("black", "white", "noise")
+
+
+def clean(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with one type a column and no missing labels; ``group`` is the run's name without its seed.
+
+    A run repeated under names that end with its seed ("sod-zeros-seed0", "sod-zeros-s1") is one group, as is a run
+    whose rows have several seeds. A name that several encoders share, say trained and untrained ones probed apart, is
+    followed by the weights.
+    """
+    rows = rows.copy()
+    for column in _REALS:
+        rows[column] = pd.to_numeric(rows[column], errors="coerce")
+    for column in _COUNTS:
+        rows[column] = pd.to_numeric(rows[column], errors="coerce").fillna(0).astype(int)
+    for column in (c for c in COLUMNS if c not in [*_REALS, *_COUNTS]):
+        rows[column] = rows[column].fillna("").astype(str)
+    bare = [re.sub(rf"[-_ ]s(eed)?[-_ ]?{seed}$", "", run) for run, seed in zip(rows["run"], rows["seed"], strict=True)]
+    seeds = rows["seed"].groupby(bare).nunique()
+    rows["group"] = [name if seeds[name] > 1 else run for name, run in zip(bare, rows["run"], strict=True)]
+    shared = rows.groupby("group")["weights"].transform("nunique") > 1
+    rows.loc[shared, "group"] += " (" + rows.loc[shared, "weights"].map(short) + ")"
+    return rows
+
+
+def short(label: str) -> str:
+    """A path by its file name; any other label as it is."""
+    return PurePath(label).name if "/" in label else label
+
+
+def pair_names(runs: pd.DataFrame) -> list[str]:
+    """What the padded and the unpadded run of a pair have in common, for each line of a frame of :data:`RUN`.
+
+    It is the run's name without its padding: "ss-p0" for "ss-zeros-p0" and "ss-valid-p0". Where names do not say the
+    padding and an encoder has one run a padding for a task, these are a pair and share the first one's name.
+    """
+    bare = [
+        re.sub(r"[-_ ]+", "-", run.replace(padding, "", 1)).strip("-") or run if padding else run
+        for run, padding in zip(runs["run"], runs["padding"], strict=True)
+    ]
+    frame = runs[RUN].assign(bare=bare, untrained=runs["weights"] == "untrained", said=bare != runs["run"])
+    names = pd.Series(bare, index=runs.index, dtype=str)
+    for _, alike in frame.groupby(["encoder", "task", "untrained"]):
+        if not alike["said"].all() and (alike.groupby("padding")["run"].nunique() == 1).all():
+            names[alike.index] = alike["bare"].iloc[0]
+    return names.tolist()
+
+
+def position_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every position readout in one row: means over seeds, the untrained control, the paper's value.
+
+    Args:
+        rows: cleaned rows, see :func:`clean`.
+
+    Returns:
+        Columns :data:`RUN`, :data:`READOUT`, ``stimulus, target, seeds, n, pair, pair_name``; ``spc`` with ``low`` and
+        ``high`` (``spread`` "seeds": their range; "images": the 95% bootstrap interval over images);
+        ``mae, nmae, constant`` (images with a constant prediction); ``delta`` = SPC minus the SPC of the untrained
+        encoder of the same architecture and padding, NaN where there is none; ``paper`` (the paper's name of the
+        network, or ""), ``paper_spc, paper_mae``. Padded stands before unpadded, the RGB control last.
+    """
+    rows = rows[rows["target"] != ""].copy()
+    rows["run"] = rows["group"]
+    rows.loc[rows["stages"] == "rgb", RUN] = [RGB, "", "", "", ""]
+    keys = [*RUN, *READOUT, "stimulus", "target"]
+    named = {"low": "min", "high": "max", "ci_low": "mean", "ci_high": "mean", "n": "max", "seeds": "nunique"}
+    source = {"low": "value", "high": "value", "seeds": "seed"}
+    table = (
+        rows[rows["metric"] == "spc"]
+        .groupby(keys, sort=False)
+        .agg(spc=("value", "mean"), **{name: (source.get(name, name), how) for name, how in named.items()})
+        .reset_index()
+    )
+    for metric in ("mae", "nmae", "constant"):
+        values = rows[rows["metric"] == metric].groupby(keys, sort=False)["value"].mean().rename(metric)
+        table = table.merge(values.reset_index(), on=keys, how="left")
+    repeated = table["high"] - table["low"] > 5e-4
+    table["spread"] = repeated.map({True: "seeds", False: "images"})
+    table["low"] = table["low"].where(repeated, table["ci_low"])
+    table["high"] = table["high"].where(repeated, table["ci_high"])
+
+    twin = ["encoder", "padding", *READOUT, "stimulus", "target"]
+    untrained = (table["weights"] == "untrained") & (table["encoder"] != "")
+    control = table[untrained].groupby(twin)["spc"].mean().rename("control").reset_index()
+    table["delta"] = table["spc"] - table.merge(control, on=twin, how="left")["control"].to_numpy()
+    table.loc[untrained, "delta"] = float("nan")
+
+    cells = [paper_cell(row) for row in table.to_dict("records")]
+    table["paper"] = [cell.network if cell else "" for cell in cells]
+    table["paper_spc"] = [cell.spc if cell else float("nan") for cell in cells]
+    table["paper_mae"] = [cell.mae if cell else float("nan") for cell in cells]
+
+    table["pair_name"] = pair_names(table)
+    table["pair"] = table.groupby(["encoder", "task", untrained, "pair_name"], sort=False).ngroup()
+    order = table.assign(
+        control=table["run"] == RGB,
+        rank=table["padding"].map({"zeros": 0, "valid": 1}).fillna(2),
+        name=pd.factorize(table["run"])[0],
+    ).sort_values(["control", "pair", "rank", "name"], kind="stable")
+    return table.loc[order.index].reset_index(drop=True)
+
+
+def targets_of(table: pd.DataFrame) -> list[str]:
+    """The targets that a table has, in the paper's order."""
+    return [target for target in TARGETS if target in set(table["target"])]
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of :func:`position_table` that answer "how much position": for each run one stimulus and one readout.
+
+    The stimulus is the first that is not black, white or noise; the readout is the paper's on all stages. A run that
+    lacks either is represented by its own first. The RGB control is kept for the stimuli and readouts chosen.
+    """
+    runs = table[table["run"] != RGB]
+    natural = [s for s in runs["stimulus"].unique() if s not in _BLANK]
+    chosen = []
+    for _, rows in runs.groupby(RUN, sort=False):
+        full = rows[rows["stages"] == "all"] if "all" in set(rows["stages"]) else rows
+        readouts = list(full[READOUT].drop_duplicates().itertuples(index=False, name=None))
+        readout = next((r for r in readouts if r[:4] == _PAPER_READOUT), readouts[0])
+        full = full[[r == readout for r in full[READOUT].itertuples(index=False, name=None)]]
+        own = list(full["stimulus"].unique())
+        stimulus = next((s for s in natural if s in own), own[0])
+        chosen.append(full[full["stimulus"] == stimulus])
+    if not chosen:
+        return table
+    picked = pd.concat(chosen)
+    rgb = table[table["run"] == RGB].merge(picked[[*READOUT[:-1], "stimulus"]].drop_duplicates())
+    return pd.concat([picked, rgb], ignore_index=True)
+
+
+def gaps(table: pd.DataFrame) -> pd.DataFrame:
+    """SPC of the padded minus SPC of the unpadded run of each pair: columns ``pair, pair_name, task, target, gap``.
+
+    Args:
+        table: :func:`headline`'s. A pair has the same encoder and task, both trained or both untrained, see
+            :func:`pair_names`; one measured on two stimuli or twice has no gap.
+    """
+    rows = []
+    for _, pair in table[table["run"] != RGB].groupby("pair", sort=False):
+        zeros, valid = (pair[pair["padding"] == padding] for padding in ("zeros", "valid"))
+        both = zeros.merge(valid, on=[*READOUT, "stimulus", "target"], suffixes=("", "_valid"))
+        if zeros["run"].nunique() == valid["run"].nunique() == 1 and len(both):
+            rows.append(both.assign(gap=both["spc"] - both["spc_valid"]))
+    columns = ["pair", "pair_name", "task", "target", "gap"]
+    return pd.concat(rows)[columns] if rows else pd.DataFrame(columns=columns)
+
+
+def task_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Task scores, padded beside unpadded (the shape of the paper's table 5).
+
+    Args:
+        rows: cleaned rows, see :func:`clean`.
+
+    Returns:
+        Columns ``runs`` (the pair's common name), ``encoder, task, data, metric``, one a padding (zeros and valid
+        first), and ``difference`` = zeros - valid where both are there. Means over seeds.
+    """
+    rows = rows[(rows["target"] == "") & (rows["readout"] == "") & (rows["metric"] != "")]
+    if rows.empty:
+        return pd.DataFrame()
+    rows = rows.assign(runs=pair_names(rows.assign(run=rows["group"])), data=rows["stimulus"])
+    paddings = sorted(rows["padding"].unique(), key=lambda p: {"zeros": 0, "valid": 1}.get(p, 2))
+    keys = ["runs", "encoder", "task", "data", "metric"]
+    wide = rows.pivot_table(values="value", index=keys, columns="padding", aggfunc="mean", sort=False)[paddings]
+    if {"zeros", "valid"} <= set(paddings):
+        wide["difference"] = wide["zeros"] - wide["valid"]
+    return wide.reset_index()
+
+
+def trajectory_table(results_trajectory: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """A training's logged values with numbers as numbers: SPC of the targets and task metrics, means over seeds.
+
+    Args:
+        results_trajectory: :attr:`~padprobe.results.Results.trajectory`.
+        rows: cleaned rows, which know the runs that differ by their seed alone.
+    """
+    groups = dict(zip(rows["run"], rows["group"], strict=True))
+    table = results_trajectory.assign(
+        run=[groups.get(run, run) for run in results_trajectory["run"].fillna("").astype(str)],
+        step=pd.to_numeric(results_trajectory["step"], errors="coerce"),
+        value=pd.to_numeric(results_trajectory["value"], errors="coerce"),
+    )
+    table[["task", "padding", "target"]] = table[["task", "padding", "target"]].fillna("").astype(str)
+    table = table[(table["target"] == "") | (table["metric"] == "spc")].dropna(subset=["step", "value"])
+    keys = ["run", "task", "padding", "target", "metric", "step"]
+    return table.groupby(keys, sort=False)["value"].mean().reset_index()

@@ -1,0 +1,93 @@
+"""The tidy table that every measurement goes into, and the maps beside it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+COLUMNS = (
+    *("run", "encoder", "weights", "task", "padding", "seed"),
+    *("readout", "kernel_size", "depth", "head_padding", "stages"),
+    *("stimulus", "target", "metric", "value", "ci_low", "ci_high", "n"),
+)
+TRAJECTORY = ("run", "task", "padding", "step", "target", "metric", "value")
+
+
+@dataclass
+class Results:
+    """Measurements: ``rows`` (one a measurement, :data:`COLUMNS`), and what is too large for a table.
+
+    ``trajectory`` has one row a logged value of a training (:data:`TRAJECTORY`; a task's metric has an empty target).
+    ``maps`` holds mean maps over a stimulus's images, shape (S, S), under ``run/stimulus/target/prediction`` and
+    ``.../error`` (mean absolute error).
+    """
+
+    rows: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(COLUMNS)))
+    trajectory: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(TRAJECTORY)))
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``results.csv``, ``trajectory.csv`` and ``maps.npz`` into a folder; results.csv last, each whole or
+        not at all, so that a results.csv means that all is there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "maps.npz", lambda path: np.savez_compressed(path, **self.maps))  # type: ignore[arg-type]
+        write_atomically(folder / "trajectory.csv", lambda path: self.trajectory.to_csv(path, index=False))
+        write_atomically(folder / "results.csv", lambda path: self.rows.to_csv(path, index=False))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Results:
+        """What :meth:`save` wrote.
+
+        Raises:
+            ValueError: where the folder has no results.csv, or one without the columns of a results table.
+        """
+        folder = Path(folder)
+        if not (folder / "results.csv").is_file():
+            raise ValueError(f"no results.csv in {str(folder)!r}: give the --out folder of `padprobe probe` or `study`")
+        rows = pd.read_csv(folder / "results.csv", keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
+        missing = [column for column in COLUMNS if column not in rows]
+        if missing:
+            raise ValueError(f"{str(folder / 'results.csv')!r} lacks the column(s) {', '.join(missing)}")
+        results = cls(rows)
+        if (folder / "trajectory.csv").is_file():
+            results.trajectory = pd.read_csv(folder / "trajectory.csv", keep_default_na=False)
+        if (folder / "maps.npz").is_file():
+            with np.load(folder / "maps.npz") as maps:
+                results.maps = dict(maps)
+        return results
+
+    @classmethod
+    def join(cls, parts: Iterable[Results]) -> Results:
+        """All measurements of several results."""
+        parts = list(parts)
+        rows = [part.rows for part in parts if len(part.rows)]
+        trajectories = [part.trajectory for part in parts if len(part.trajectory)]
+        joined = cls(maps={key: value for part in parts for key, value in part.maps.items()})
+        if rows:
+            joined.rows = pd.concat(rows, ignore_index=True)
+        if trajectories:
+            joined.trajectory = pd.concat(trajectories, ignore_index=True)
+        return joined
+
+
+_NUMBERS = ("kernel_size", "depth", "head_padding", "seed", "value", "ci_low", "ci_high", "n")
+
+
+def write_atomically(path: Path, write) -> None:
+    """Calls ``write`` with a temporary path beside ``path`` and renames it: readers see the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

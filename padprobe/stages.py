@@ -1,0 +1,251 @@
+"""Which layers are the stages f1..fn of a CNN, and how to tap them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from padprobe.errors import check_name
+from padprobe.padding import PAD_LAYERS, as_built
+
+
+class Output(NamedTuple):
+    """One module's output in a shape-only forward pass, in the order in which the modules finish."""
+
+    layer: str
+    shape: tuple[int, ...]
+    node: Any  # its place in the autograd graph
+    is_conv: bool
+
+
+def find_stages(encoder: nn.Module, image_size: int = 224) -> list[str]:
+    """The dotted names of an encoder's stages f1..fn: the last output before each spatial reduction.
+
+    An output counts only if all information flows through it (inside a residual block it does not: the shortcut goes
+    around it), and only if convolutions follow the reduction before it. VGG16: ``features.3, 8, 15, 22, 29``; ResNet:
+    ``relu, layer1, layer2, layer3, layer4``. Shapes are traced without data: no weight, buffer or random state is
+    touched. The answer does not depend on :func:`~padprobe.set_padding`.
+
+    Args:
+        encoder: a CNN that takes an image of shape (B, C, S, S) and returns a tensor, or a list or dictionary of them,
+            the deepest last.
+        image_size: S, the size to trace with.
+
+    Raises:
+        ValueError: if the image is too small for the encoder (with the smallest size that works), or where no stage can
+            be found (no reduction, no 4-D outputs): name the layers then.
+
+    Source: paper, section 3.1 (f_enc: the features before each pooling layer).
+    """
+    with as_built(encoder):
+        outputs, image_node, end_node = _trace(encoder, image_size)
+    cuts = _cuts(outputs, image_node, end_node)
+    stages: list[str] = []
+    has_conv = False  # a convolution since the last reduction
+    previous = -1
+    for here, after in zip(cuts, [*cuts[1:], None], strict=True):
+        has_conv = has_conv or any(output.is_conv for output in outputs[previous + 1 : here + 1])
+        previous = here
+        size = max(outputs[here].shape[-2:])
+        reduces = after is not None and max(outputs[after].shape[-2:]) <= 0.75 * size
+        if has_conv and size > 1 and (reduces or after is None):
+            stages.append(outputs[here].layer)
+        if reduces:
+            has_conv = False
+    if not stages:
+        layers = ", ".join(dict.fromkeys(output.layer for output in outputs if len(output.shape) == 4)) or "none"
+        raise ValueError(
+            f"no stages found in {type(encoder).__name__}: it has no spatial reduction that all information flows "
+            f"through. Name the layers to probe instead (stages=[...]). Layers with 4-D outputs: {layers}"
+        )
+    return stages
+
+
+def stage_shapes(encoder: nn.Module, stages: Sequence[str], image_size: int = 224) -> list[tuple[int, int, int]]:
+    """(channels, height, width) of each named stage for one square image, without running any layer.
+
+    Raises:
+        ValueError: for a layer that does not exist (with the nearest names), that the forward pass does not reach,
+            whose output is not 4-D, or an image that is too small (with the smallest size that works).
+    """
+    names = [name for name, _ in encoder.named_modules() if name]
+    for stage in stages:
+        check_name(stage, names, "layer")
+    shapes = {output.layer: output.shape for output in _trace(encoder, image_size)[0]}
+    for stage in stages:
+        if len(shapes.get(stage, ())) != 4:
+            what = f"gives an output of shape {shapes[stage]}" if stage in shapes else "is not reached by forward()"
+            usable = ", ".join(name for name, shape in shapes.items() if len(shape) == 4)
+            raise ValueError(f"stage {stage!r} {what}; a stage's output has shape (B, C, H, W). Usable: {usable}")
+    return [(shapes[stage][1], shapes[stage][2], shapes[stage][3]) for stage in stages]
+
+
+def smallest_image(encoder: nn.Module, limit: int = 2048) -> int | None:
+    """The smallest square image, in pixels, that the encoder can take; None if it takes none up to ``limit``."""
+
+    def fits(size: int) -> bool:
+        try:
+            _forward_shapes(encoder, size)
+        except (RuntimeError, ValueError):  # what torch raises where a map would vanish
+            return False
+        return True
+
+    if not fits(limit):
+        return None
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+class StageTap:
+    """Catches the stages of every forward pass of an encoder, aligned to the readout's grid.
+
+    A stage's output (B, C, H, W) is resized inside its hook to (B, C, grid, grid), float32 and detached: bilinear with
+    ``align_corners=True``, as the authors' code does. The result is a new, small tensor, so that no later in-place layer
+    can overwrite it and the full map is not kept.
+
+    Args:
+        encoder: the network to tap.
+        stages: dotted layer names in ``encoder``.
+        grid: side of the aligned maps in cells.
+    """
+
+    def __init__(self, encoder: nn.Module, stages: Sequence[str], grid: int) -> None:
+        self.grid = grid
+        self.active = True
+        self._caught: dict[str, Tensor] = dict.fromkeys(stages, torch.empty(0))
+        self._handles = [encoder.get_submodule(stage).register_forward_hook(self._hook(stage)) for stage in stages]
+        self.clear()
+
+    def _hook(self, stage: str):
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            if self.active:
+                self._caught[stage] = align(output, self.grid)
+
+        return keep
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages that have not arrived since the last :meth:`clear`."""
+        return [stage for stage, features in self._caught.items() if not features.numel()]
+
+    def take(self) -> Tensor:
+        """The stages of the last forward pass side by side, (B, sum of C, grid, grid); forgets them.
+
+        Raises:
+            RuntimeError: naming the stages that the forward pass did not reach.
+        """
+        if self.missing:
+            raise RuntimeError(
+                f"the forward pass did not reach stage(s) {', '.join(self.missing)}; tap a network before it is "
+                "compiled or first run, and name only layers that every forward pass calls"
+            )
+        features = torch.cat(list(self._caught.values()), dim=1)
+        self.clear()
+        return features
+
+    def clear(self) -> None:
+        """Forgets what was caught."""
+        for stage in self._caught:
+            self._caught[stage] = torch.empty(0)
+
+    def remove(self) -> None:
+        """Takes the hooks off the encoder."""
+        for handle in self._handles:
+            handle.remove()
+        self.clear()
+
+
+def align(features: Tensor, grid: int) -> Tensor:
+    """Maps resized to the readout's grid: (B, C, H, W) -> (B, C, grid, grid), float32, detached, always a new tensor."""
+    resized = F.interpolate(features.detach().float(), (grid, grid), mode="bilinear", align_corners=True)
+    return resized.contiguous()
+
+
+def _trace(encoder: nn.Module, image_size: int) -> tuple[list[Output], Any, Any]:
+    """:func:`_forward_shapes`, with an error that says which image size would work."""
+    try:
+        return _forward_shapes(encoder, image_size)
+    except (RuntimeError, ValueError) as error:
+        smallest = smallest_image(encoder)
+        name = type(encoder).__name__
+        if smallest is None or smallest <= image_size:
+            raise ValueError(f"{name} cannot run on a {image_size} x {image_size} image: {error}") from error
+        raise ValueError(
+            f"a {image_size} x {image_size} image is too small for {name} as it is padded now: the smallest that works "
+            f"is {smallest} x {smallest}. Use larger images, or padding that keeps the maps' size (zeros)"
+        ) from error
+
+
+def _forward_shapes(encoder: nn.Module, image_size: int) -> tuple[list[Output], Any, Any]:
+    """A forward pass on the meta device: every module's output, and the graph nodes of the image and of the end."""
+    channels = next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), 3)
+    state = {k: v.detach().to("meta") for k, v in [*encoder.named_parameters(), *encoder.named_buffers()]}
+    calls: list[Output] = []
+
+    def record(layer: str, is_conv: bool):
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                calls.append(Output(layer, tuple(output.shape), output.grad_fn, is_conv))
+
+        return hook
+
+    layers = [(n, m) for n, m in encoder.named_modules() if n and not isinstance(m, PAD_LAYERS)]
+    handles = [m.register_forward_hook(record(n, isinstance(m, nn.Conv2d))) for n, m in layers]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+            image = torch.empty(2, channels, image_size, image_size, device="meta", requires_grad=True)
+            copy = image.view_as(image)  # a node of its own, and in-place layers may write to it
+            result = functional_call(encoder, state, (copy,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    ends = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    return calls, copy.grad_fn, ends[-1] if ends else None
+
+
+def _cuts(outputs: list[Output], image_node: Any, end_node: Any) -> list[int]:
+    """Indices of the 4-D outputs that every path from the image to the end passes through, in order.
+
+    A node is such a cut if (paths from the end to it) x (paths from it to the image) = all paths. Of the modules that
+    give the same output the outermost is taken; one that is called several times in a pass cannot be tapped.
+    """
+    if end_node is None:
+        return []
+    order: list[Any] = []  # every node after those that it needs
+    seen, stack = set(), [(end_node, False)]
+    while stack:
+        node, expanded = stack.pop()
+        if expanded:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((n, False) for n, _ in node.next_functions if n is not None)
+    to_image: Counter[Any] = Counter({image_node: 1})
+    for node in order:
+        if node is not image_node:
+            to_image[node] = sum(to_image[n] for n, _ in node.next_functions if n is not None)
+    from_end: Counter[Any] = Counter({end_node: 1})
+    for node in reversed(order):
+        for n, _ in node.next_functions:
+            if n is not None:
+                from_end[n] += from_end[node]
+    total = to_image[end_node]
+    calls = Counter(output.layer for output in outputs)
+    chosen: dict[Any, int] = {}
+    for i, output in enumerate(outputs):
+        node = output.node
+        is_cut = node in seen and total > 0 and from_end[node] * to_image[node] == total
+        if is_cut and len(output.shape) == 4 and calls[output.layer] == 1:
+            chosen[node] = i
+    return sorted(chosen.values())

@@ -1,0 +1,176 @@
+"""Dead-leaves scenes with salient objects, semantic labels and image classes, made from a seed; nothing is downloaded."""
+
+from __future__ import annotations
+
+import colorsys
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from padprobe.stimuli import disc, fall
+
+SEMANTIC_CLASSES = ("ground", "plant", "sky", "water", "object")
+IMAGE_CLASSES = ("discs", "squares", "triangles")
+
+GROUND, PLANT, SKY, WATER, OBJECT = range(5)
+# hue, saturation, value; a leaf differs from its kind's colour by a few hundredths
+LEAF_COLORS = [(0.08, 0.35, 0.5), (0.33, 0.5, 0.45), (0.53, 0.35, 0.9), (0.66, 0.7, 0.35)]
+LOOK_ALIKE_COLOR = (0.6, 0.55, 0.7)  # of sky and water where position alone tells them apart
+OBJECT_COLOR, DISTRACTOR_COLOR = (0.92, 0.8, 0.95), (0.13, 0.8, 0.95)
+
+
+class Scenes(Dataset[dict[str, Any]]):
+    """Scenes of overlapping leaves with three objects on top, and labels for three tasks.
+
+    Leaves are ground, plants, and sky or water; all of a scene's leaves have one shape, the image's class. Radii follow
+    a power law and leaves fall beyond the canvas too, objects as well, so the *images* are stationary at every setting:
+    nothing in them says where the border is. Only the *labels* depend on position, as far as ``position_dependence``
+    says:
+
+    - in a scene whose labels depend on appearance, the salient object differs in colour from the other two, and sky
+      differs from water;
+    - in a scene whose labels depend on position, the three objects look the same and the one nearest to the centre is
+      salient; sky and water look the same, and a leaf whose centre lies in the upper half is sky.
+
+    Items are dictionaries: ``image`` float32 (3, S, S) in [0, 1]; ``mask`` (1, S, S) in {0, 1}, the salient object;
+    ``labels`` int64 (S, S), out of ``SEMANTIC_CLASSES``; ``label``, the index in ``IMAGE_CLASSES``. Scene i depends on
+    (seed, i) and the settings alone.
+
+    Args:
+        n: number of scenes.
+        image_size: S in pixels.
+        position_dependence: probability in [0, 1] that a scene's labels depend on position.
+        seed: of the scenes.
+    """
+
+    def __init__(self, n: int = 500, image_size: int = 96, position_dependence: float = 1.0, seed: int = 0) -> None:
+        if not 0 <= position_dependence <= 1:
+            raise ValueError(f"position_dependence is {position_dependence}; expected a number in [0, 1]")
+        if n < 1 or image_size < 16:
+            raise ValueError(f"n is {n} and image_size {image_size}; expected at least 1 scene of 16 px")
+        self.n, self.image_size, self.position_dependence, self.seed = n, image_size, position_dependence, seed
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.n:
+            raise IndexError(f"scene {index} of {self.n}")
+        image, mask, labels, label = make_scene(self.seed, index, self.image_size, self.position_dependence)
+        return {
+            "image": torch.from_numpy(image).permute(2, 0, 1).float() / 255,
+            "mask": torch.from_numpy(mask)[None].float(),
+            "labels": torch.from_numpy(labels).long(),
+            "label": label,
+        }
+
+
+@lru_cache(maxsize=4096)
+def make_scene(
+    seed: int, index: int, size: int, position_dependence: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """One scene of :class:`Scenes`: uint8 image (S, S, 3), bool mask (S, S), uint8 labels (S, S) and the image's class.
+
+    The last 4,096 scenes are kept: making one costs more than a small network's training step on it.
+    """
+    rng = np.random.default_rng([seed, index])
+    by_position = rng.random() < position_dependence
+    label = int(rng.integers(len(IMAGE_CLASSES)))
+    leaves = list(fall(rng, 200, size, 0.07 * size, 0.35 * size))
+    kinds = rng.choice(4, len(leaves), p=[0.3, 0.2, 0.25, 0.25])
+    angles = rng.uniform(0, 2 * np.pi, len(leaves))
+    colors = np.array(LEAF_COLORS)[kinds]
+    if by_position:
+        watery = kinds >= SKY
+        colors[watery] = LOOK_ALIKE_COLOR
+        kinds[watery] = np.where(np.array(leaves)[watery, 1] < size / 2, SKY, WATER)
+    colors = _vary(rng, colors)
+
+    image = np.empty((size, size, 3), np.float32)
+    labels = np.full((size, size), GROUND, np.uint8)
+    image[:] = _vary(rng, np.array([LEAF_COLORS[GROUND]]))[0]
+    for leaf, kind, color, angle in zip(leaves, kinds, colors, angles, strict=True):
+        where, inside = _shape(leaf, size, label, angle)
+        image[where][inside] = color
+        labels[where][inside] = kind
+
+    radius = 0.11 * size
+    objects = rng.uniform(-radius, size + radius, (3, 2))
+    salient = int(np.argmin(((objects - size / 2) ** 2).sum(1))) if by_position else int(rng.integers(3))
+    hsv = np.array([OBJECT_COLOR if by_position or i == salient else DISTRACTOR_COLOR for i in range(3)])
+    mask = np.zeros((size, size), bool)
+    for i, ((x, y), color) in enumerate(zip(objects, _vary(rng, hsv), strict=True)):
+        where, inside = disc((x, y, radius), size)
+        image[where][inside] = 1.0  # a white rim tells an object from a leaf
+        labels[where][inside] = OBJECT
+        mask[where][inside] = i == salient
+        where, inside = disc((x, y, 0.75 * radius), size)
+        image[where][inside] = color
+    image += rng.normal(0, 0.02, image.shape)  # a camera's noise
+    return (image.clip(0, 1) * 255).round().astype(np.uint8), mask, labels, label
+
+
+def _vary(rng: np.random.Generator, hsv: np.ndarray) -> np.ndarray:
+    """RGB of colours near the given ones: (N, 3) hue, saturation, value -> (N, 3)."""
+    hsv = hsv + rng.normal(0, (0.015, 0.05, 0.06), hsv.shape)
+    return np.array([colorsys.hsv_to_rgb(*c) for c in np.clip(hsv, 0, 1)])
+
+
+def _shape(leaf: np.ndarray, size: int, label: int, angle: float) -> tuple[tuple[slice, slice], np.ndarray]:
+    """A leaf's bounding slices and mask: a disc, or the regular polygon inscribed in it."""
+    where, inside = disc(leaf, size)
+    sides = (0, 4, 3)[label]
+    if sides:
+        x, y, radius = leaf
+        rows, columns = np.ogrid[where]
+        for k in range(sides):
+            a = angle + 2 * np.pi * k / sides
+            inside &= (columns + 0.5 - x) * np.cos(a) + (rows + 0.5 - y) * np.sin(a) <= radius * np.cos(np.pi / sides)
+    return where, inside
+
+
+class ScenesDataModule(LightningDataModule):
+    """Training, validation and test scenes, with seeds of their own.
+
+    Args:
+        train, val, test: number of scenes each.
+        image_size: side in pixels.
+        position_dependence: see :class:`Scenes`.
+        batch_size: scenes a step.
+        num_workers: processes that make scenes.
+        seed: of all scenes and of the training order.
+    """
+
+    def __init__(
+        self,
+        train: int = 500,
+        val: int = 100,
+        test: int = 200,
+        image_size: int = 96,
+        position_dependence: float = 1.0,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.train, self.val, self.test = (
+            Scenes(n, image_size, position_dependence, seed=3 * seed + k) for k, n in enumerate((train, val, test))
+        )
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        order = torch.Generator().manual_seed(self.seed)
+        return DataLoader(
+            self.train, self.batch_size, shuffle=True, drop_last=True, generator=order, num_workers=self.num_workers
+        )
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(self.val, self.batch_size, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(self.test, self.batch_size, num_workers=self.num_workers)

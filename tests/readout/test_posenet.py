@@ -1,0 +1,97 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from padprobe import PosENet
+from padprobe.maps import TARGETS
+from padprobe.probing import train_readouts
+from padprobe.readout.posenet import make_optimizer
+
+
+def literal(readout: PosENet, features: torch.Tensor) -> torch.Tensor:
+    """The paper's readout in plain torch layers, upsampled to full size: (B, T, size, size)."""
+    maps = []
+    for t, hidden in enumerate(readout.hidden):
+        raw = F.conv2d(hidden(features), readout.weight[t : t + 1], readout.bias[t : t + 1], padding=readout.padding)
+        weight, bias = readout.norm.weight[t : t + 1], readout.norm.bias[t : t + 1]
+        normed = F.batch_norm(raw, None, None, weight, bias, training=True)
+        maps.append(F.interpolate(normed.sigmoid(), readout.size, mode="bilinear", align_corners=False))
+    return torch.cat(maps, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "depth", "padding", "size"), [(3, 1, 0, 224), (1, 1, 0, 96), (7, 1, 2, 61), (3, 3, 0, 64), (3, 2, 1, 64)]
+)
+def test_loss_and_gradient_are_those_of_the_literal_readout(kernel_size, depth, padding, size):
+    torch.manual_seed(0)
+    features = torch.rand(4, 12, 28, 28)
+    readout = PosENet(12, TARGETS, kernel_size, depth, padding, size=size)
+    torch.nn.init.normal_(readout.bias)
+    loss = readout.loss(features)
+    expected = (literal(readout, features) - readout.maps).square().mean((0, 2, 3))
+    assert torch.allclose(loss, expected, atol=1e-6)
+    ours = torch.autograd.grad(loss.sum(), list(readout.parameters()))
+    theirs = torch.autograd.grad(expected.sum(), list(readout.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_paper_readout_has_the_papers_shapes():
+    readout = PosENet(1472)
+    assert readout.weight.shape == (5, 1472, 3, 3)
+    assert readout.predict_small(torch.rand(2, 1472, 28, 28)).shape == (2, 5, 26, 26)
+    maps = readout(torch.rand(2, 1472, 28, 28))
+    assert maps.shape == (2, 5, 224, 224)
+    assert 0 <= maps.min() <= maps.max() <= 1
+    bound = (6 / (1472 * 9 + 9)) ** 0.5  # Xavier uniform for one output channel
+    assert 0.99 * bound < readout.weight.abs().max() <= bound
+
+
+def trained(targets, depth=1, seed=0):
+    features = torch.rand(20, 6, 12, 12, generator=torch.Generator().manual_seed(1))
+    readout = PosENet(6, targets, depth=depth, grid=12, size=24, seed=seed)
+    train_readouts({"all": readout}, {"all": features}, epochs=2, batch_size=8)
+    return dict(zip(targets, readout(features).unbind(1), strict=True))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_further_target_changes_no_other_targets_result(depth):
+    alone, together = trained(["G"], depth), trained(["H", "VS", "G"], depth)
+    assert torch.allclose(alone["G"], together["G"], atol=1e-5)
+    assert not torch.allclose(trained(["G"], depth, seed=1)["G"], alone["G"], atol=1e-3)
+
+
+def test_building_a_readout_draws_no_global_random_number():
+    before = torch.get_rng_state()
+    PosENet(4, depth=3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_training_finds_a_position_signal_and_only_where_there_is_one():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linspace(-1, 1, 16).expand(16, 16)
+    noise = torch.randn(64, 3, 16, 16, generator=generator)
+    with_signal = torch.cat([noise, x + 0.3 * torch.randn(64, 1, 16, 16, generator=generator)], dim=1)
+    readouts = {name: PosENet(c, ["H"], grid=16, size=32) for name, c in (("all", 4), ("rgb", 3))}
+    train_readouts(readouts, {"all": with_signal, "rgb": noise}, epochs=10)
+    from padprobe import spearman
+
+    def score(name, features):
+        return spearman(readouts[name](features), readouts[name].maps).mean().item()
+
+    assert score("all", with_signal) > 0.8
+    assert abs(score("rgb", noise)) < 0.05
+
+
+def test_the_optimizer_is_the_papers():
+    group = make_optimizer(PosENet(3)).param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 1e-4)
+
+
+def test_impossible_readouts_are_named():
+    with pytest.raises(ValueError, match="kernel_size is 4"):
+        PosENet(3, kernel_size=4)
+    with pytest.raises(ValueError, match="leave -2 cells of a grid of 10"):
+        PosENet(3, kernel_size=7, depth=2, grid=10)
+    with pytest.raises(ValueError, match="unknown target 'D'"):
+        PosENet(3, targets=["D"])

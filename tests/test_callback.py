@@ -1,0 +1,206 @@
+import re
+
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from padprobe import PositionProbeCallback, spearman
+from padprobe.stages import align
+from tests.conftest import Host
+
+TARGETS = ("H", "V", "G", "HS", "VS")
+
+
+def trainer(folder, *callbacks, **options):
+    options = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
+    return Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **options)
+
+
+def probe(**options):
+    return PositionProbeCallback(**({"image_size": 32, "grid": 16} | options))
+
+
+def test_scores_reach_loggers_and_callback_metrics(tmp_path, host, batches):
+    loggers = [CSVLogger(tmp_path, "csv", ""), TensorBoardLogger(tmp_path, "tb", "")]
+    checkpoint = ModelCheckpoint(tmp_path / "best", monitor="position/H/spc", mode="max")
+    run = trainer(tmp_path, probe(), checkpoint, logger=loggers)
+    run.fit(host, batches, batches)
+    for target in TARGETS:
+        assert -1 <= run.callback_metrics[f"position/{target}/spc"] <= 1
+        assert 0 < run.callback_metrics[f"position/{target}/mae"] < 1
+        assert 0 < run.callback_metrics[f"position/{target}/nmae"] < 3
+    logged = pd.read_csv(tmp_path / "csv" / "metrics.csv")
+    assert logged["position/H/spc"].notna().sum() == 2
+    assert list((tmp_path / "tb").glob("events*"))
+    assert checkpoint.best_model_score is not None
+
+
+def test_a_padded_encoder_shows_position_and_an_unpadded_one_does_not(tmp_path, batches):
+    scores = {}
+    for padding in (1, 0):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, probe(), max_epochs=20)
+        run.fit(Host(padding), batches, batches)
+        scores[padding] = run.callback_metrics["position/G/spc"].item()
+    assert scores[1] > 0.6
+    assert abs(scores[0]) < 0.1
+
+
+def test_logged_scores_are_those_of_the_readout_on_every_validation_image(tmp_path, host, batches):
+    guest = probe()
+    run = trainer(tmp_path, guest)
+    run.fit(host, batches, batches)
+    images = batches.dataset.tensors[0]
+    host.eval()
+    with torch.no_grad():
+        x, aligned = images, []
+        for i, layer in enumerate(host.encoder):
+            x = layer(x)
+            if i in (2, 5):  # the ReLU outputs before the pooling layer and at the end
+                aligned.append(align(x, 16))
+        maps = guest._readout.eval()(torch.cat(aligned, 1))
+    expected = spearman(maps, guest._readout.maps).mean(0)
+    logged = torch.stack([run.callback_metrics[f"position/{t}/spc"] for t in TARGETS])
+    assert torch.allclose(logged.double(), expected, atol=1e-5)
+
+
+def test_the_host_trains_bit_for_bit_as_without_it(tmp_path, batches):
+    ends = []
+    for guests in ((), (probe(),)):
+        seed_everything(0)
+        host = Host()
+        run = trainer(tmp_path, *guests)
+        run.fit(host, batches, batches)
+        checkpoint = tmp_path / f"{len(guests)}.ckpt"
+        run.save_checkpoint(checkpoint)
+        saved = torch.load(checkpoint, weights_only=True)
+        ends.append((saved["state_dict"], saved["optimizer_states"], saved["global_step"], torch.get_rng_state()))
+    without, with_guest = ends
+    assert without[0].keys() == with_guest[0].keys()
+    assert all(torch.equal(without[0][k], with_guest[0][k]) for k in without[0])
+    assert str(without[1]) == str(with_guest[1])
+    assert without[2] == with_guest[2]
+    assert torch.equal(without[3], with_guest[3])
+
+
+def test_its_state_travels_in_the_checkpoint(tmp_path, host, batches):
+    first = probe()
+    run = trainer(tmp_path, first)
+    run.fit(host, batches, batches)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    torch.load(tmp_path / "end.ckpt", weights_only=True)  # plain tensors and numbers
+    second = probe()
+    again = trainer(tmp_path, second)
+    again.validate(Host(), batches, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert torch.equal(first._readout.weight, second._readout.weight)
+    for key in ("position/H/spc", "position/G/mae"):
+        assert again.callback_metrics[key] == pytest.approx(run.callback_metrics[key].item(), abs=1e-6)
+
+
+def test_resuming_goes_on_where_the_run_stopped(tmp_path, batches):
+    torch.manual_seed(0)
+    whole = probe()
+    trainer(tmp_path, whole, max_epochs=4).fit(Host(), batches, batches)
+
+    class SaveAfterTwo(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "two.ckpt")
+
+    torch.manual_seed(0)
+    trainer(tmp_path, SaveAfterTwo(), probe(), max_epochs=4).fit(Host(), batches, batches)
+    resumed = probe()
+    trainer(tmp_path, resumed, max_epochs=4).fit(Host(), batches, batches, ckpt_path=tmp_path / "two.ckpt")
+    assert torch.allclose(whole._readout.weight, resumed._readout.weight, atol=1e-6)
+    assert resumed._steps == whole._steps
+
+
+def test_it_trains_on_every_nth_batch_only(tmp_path, host, batches):
+    guest = probe(every_n_steps=4)
+    trainer(tmp_path, guest, max_epochs=2).fit(host, batches, batches)
+    assert guest._batches == 12
+    assert guest._steps == 3
+
+
+def test_two_probes_and_two_fits_are_fine(tmp_path, host, batches):
+    guests = [probe(), probe(encoder="encoder", stages=["2"], targets=["H"])]
+    assert guests[0].state_key != guests[1].state_key
+    for _ in range(2):
+        trainer(tmp_path, *guests, max_epochs=1).fit(host, batches, batches)
+    assert guests[0]._steps == 12
+    assert not any(m._forward_hooks for m in host.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "encodr"}, "unknown encoder 'encodr'; did you mean 'encoder'"),
+        ({"stages": ["22"]}, "unknown layer '22'"),
+        ({"encoder": "head"}, "cannot run on a 32 x 32 image|no stages found"),
+    ],
+)
+def test_what_does_not_exist_is_named_before_training(tmp_path, host, batches, options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(tmp_path, probe(**options)).fit(host, batches, batches)
+    assert host.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ["H", "Q"]}, "unknown target 'Q'"),
+        ({"every_n_steps": 0}, "every_n_steps is 0"),
+        ({"kernel_size": 2}, "kernel_size is 2"),
+        ({"stages": "layer1"}, "'auto' or a list"),
+    ],
+)
+def test_bad_options_are_named_at_once(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        probe(**options)
+
+
+def test_a_stage_that_does_not_arrive_is_warned_about_and_the_host_goes_on(tmp_path, batches):
+    class Moody(Host):
+        def forward(self, image):
+            return self.head(torch.zeros(len(image), 16)) if self.global_step == 3 else super().forward(image)
+
+    guest = probe(encoder="encoder")
+    with pytest.warns(UserWarning, match="did not arrive"):
+        trainer(tmp_path, guest, max_epochs=1).fit(Moody(), batches, batches)
+    assert guest._steps == 5
+
+
+def test_validating_without_trained_readouts_says_so(tmp_path, host, batches):
+    run = trainer(tmp_path, probe())
+    with pytest.warns(UserWarning, match="untrained"):
+        run.validate(host, batches, verbose=False)
+    assert not any(key.startswith("position/") for key in run.callback_metrics)
+
+
+def test_it_works_on_features_in_half_precision(tmp_path, host, batches):
+    guest = probe()
+    run = trainer(tmp_path, guest, precision="bf16-mixed")
+    run.fit(host, batches, batches)
+    assert guest._readout.weight.dtype == torch.float32
+    assert "position/H/spc" in run.callback_metrics
+
+
+def test_a_host_with_no_submodule_called_encoder_is_probed_as_a_whole(tmp_path, batches):
+    class Plain(Host):
+        def __init__(self):
+            super().__init__()
+            self.body = self.encoder
+            del self.encoder
+
+        def forward(self, image):
+            return self.head(self.body(image).mean((2, 3)))
+
+    run = trainer(tmp_path, probe(), max_epochs=1)
+    run.fit(Plain(), batches, batches)
+    assert "position/H/spc" in run.callback_metrics
+    assert isinstance(Plain().body, nn.Sequential)

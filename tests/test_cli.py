@@ -1,0 +1,123 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from padprobe import load_encoder
+from padprobe.cli import main
+from padprobe.padding import list_padding
+from padprobe.results import Results
+
+OPTIONS = {"config": [8, "M", 16, "M", 16], "out_channels": [8, 16, 16], "depth": 2, "batch_norm": True}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(images / f"{i}.png")
+    return images
+
+
+def probe(folder, *options):
+    common = ["--image-size", "64", "--epochs", "1", "--train", str(folder), "--out", str(folder.parent / "out")]
+    return main(["probe", "--encoder", "torchvision:squeezenet1_1", "--test", f"mine={folder}", *common, *options])
+
+
+def test_probe_writes_results_and_a_report(folder, capsys):
+    assert probe(folder, "--limit-train", "8", "--limit-test", "4", "--targets", "H", "G") == 0
+    results = Results.load(folder.parent / "out")
+    assert set(results.rows.stimulus) == {"mine", "black", "white", "noise"}
+    assert set(results.rows.target) == {"H", "G"}
+    assert results.rows[results.rows.stimulus == "mine"].n.max() == 4
+    printed = capsys.readouterr().out
+    assert "report:" in printed
+    assert (folder.parent / "out" / "report.html").is_file()
+
+
+def test_a_report_is_rebuilt_from_results_alone(folder, tmp_path, capsys):
+    probe(folder, "--targets", "H")
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "report.html").is_file()
+    assert (tmp_path / "again" / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--padding", "valdi"], "unknown padding mode 'valdi'; did you mean 'valid'"),
+        (["--targets", "HV"], "unknown target 'HV'"),
+        (["--stages", "features.77"], "unknown layer 'features.77'"),
+        (["--test", "/no/such/folder"], "'/no/such/folder' is no folder"),
+        (["--weights", "nothing.pth"], "unknown weights 'nothing.pth'"),
+        (["--limit-train", "0"], "limit is 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, options, message):
+    assert probe(folder, *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("padprobe: ")
+    assert message in error
+
+
+def test_an_image_too_small_for_an_unpadded_vgg_names_the_smallest_that_works(folder, capsys):
+    command = ["probe", "--encoder", "torchvision:vgg11", "--padding", "valid", "--image-size", "64"]
+    assert main([*command, "--train", str(folder), "--out", str(folder.parent / "out")]) == 2
+    assert "64 x 64 image is too small for VGG" in capsys.readouterr().err
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A two-step training, as a YAML."""
+    content = {
+        "model": {
+            "class_path": "tasks.saliency.SaliencyTask",
+            "init_args": {"encoder": "smp:vgg11", "encoder_options": OPTIONS, "image_size": 32},
+        },
+        "data": {
+            "class_path": "tasks.data.scenes.ScenesDataModule",
+            "init_args": {"train": 16, "val": 8, "test": 8, "image_size": 32, "batch_size": 8},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "default_root_dir": str(tmp_path),
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "padprobe.PositionProbeCallback", "init_args": {"image_size": 32, "grid": 8}}],
+        },
+    }
+    path = tmp_path / "fit.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_fit_trains_from_yaml_and_its_checkpoint_can_be_probed_and_tested(config, tmp_path):
+    assert main(["fit", "--config", str(config), "--model.init_args.padding=valid"]) == 0
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    encoder = load_encoder(checkpoint)
+    assert list_padding(encoder) == []
+    assert encoder.out_channels == [8, 16, 16]
+    assert main(["test", "--config", str(config), "--model.init_args.padding=valid", "--ckpt_path", str(checkpoint)]) == 0
+    command = ["probe", "--encoder", str(checkpoint), "--image-size", "32", "--limit-train", "8", "--limit-test", "4"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert set(Results.load(tmp_path / "out").rows.padding) == {"valid"}
+
+
+def test_an_unknown_key_in_a_config_is_named(config, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(config), "--model.init_args.pading=valid"])
+    assert "pading" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from padprobe.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("fit", "validate", "test", "probe", "study", "report"):
+        assert command in result.stdout

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from padprobe import find_stages, load_encoder
+from padprobe.encoders import find_encoder
+from padprobe.padding import list_padding
+
+
+def test_encoders_of_every_library_run(vgg_options):
+    for name, options in (("torchvision:vgg11", {}), ("smp:vgg11", vgg_options), ("timm:convnext_atto", {})):
+        encoder = load_encoder(name, options=options)
+        assert not encoder.training
+        assert len(find_stages(encoder)) >= 3
+
+
+def test_untrained_weights_depend_on_the_seed_alone(vgg_options):
+    state = torch.get_rng_state()
+    first, same, other = (load_encoder("smp:vgg11", seed=s, options=vgg_options).state_dict() for s in (0, 0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(first[k], same[k]) for k in first)
+    assert not torch.equal(first["features.0.weight"], other["features.0.weight"])
+
+
+def test_options_shape_the_encoder(vgg_options):
+    encoder = load_encoder("smp:vgg11", options=vgg_options)
+    shapes = [f.shape for f in encoder(torch.zeros(1, 3, 32, 32))]
+    assert shapes == [(1, 8, 32, 32), (1, 16, 16, 16), (1, 32, 8, 8)]
+
+
+def test_padding_is_set(vgg_options):
+    assert list_padding(load_encoder("smp:vgg11", padding="valid", options=vgg_options)) == []
+
+
+def test_a_state_dict_is_loaded_even_without_the_head(tmp_path, vgg_options):
+    source = load_encoder("smp:vgg11", seed=3, options=vgg_options)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    loaded = load_encoder("smp:vgg11", tmp_path / "w.pth", options=vgg_options)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, vgg_options):
+    source = load_encoder("smp:vgg11", options=vgg_options).state_dict()
+    torch.save({k: v for k, v in source.items() if k != "features.0.weight"}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=r"lacks features\.0\.weight"):
+        load_encoder("smp:vgg11", tmp_path / "part.pth", options=vgg_options)
+    torch.save(source, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other shapes for"):
+        load_encoder("smp:vgg11", tmp_path / "other.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"cannot read .*junk\.pth"):
+        load_encoder("smp:vgg11", tmp_path / "junk.pth", options=vgg_options)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, vgg_options):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"features.0.weight": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot read"):
+        load_encoder("smp:vgg11", tmp_path / "evil.pth", options=vgg_options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("torchvision:vgg61",), "unknown torchvision encoder 'vgg61'; did you mean 'vgg16'"),
+        (("smp:resnet43",), "unknown smp encoder 'resnet43'; did you mean 'resnet34'"),
+        (("timm:convnext_atom",), "unknown timm encoder 'convnext_atom'; did you mean 'convnext_atto'"),
+        (("torchvison:vgg16",), "unknown encoder library 'torchvison'; did you mean 'torchvision'"),
+        (("vgg16",), "expected 'torchvision:NAME'"),
+        (("torchvision:vgg11", "IMAGENET1K_V7"), "unknown weights 'IMAGENET1K_V7'; did you mean 'IMAGENET1K_V1'"),
+        (("torchvision:vgg11", "missing.pth"), "unknown weights 'missing.pth'"),
+        (("smp:vgg11", "untrained", "same"), "unknown padding mode 'same'"),
+        (("missing.ckpt",), "no checkpoint 'missing.ckpt'"),
+    ],
+)
+def test_unknown_names_are_named_with_the_nearest(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_encoder(*arguments)
+
+
+def test_real_vgg16_weights_load(data):
+    encoder = load_encoder("torchvision:vgg16", data / "weights" / "vgg16_imagenet_features.pth")
+    mean = encoder.features[0].weight.abs().mean().item()
+    assert mean == pytest.approx(0.1667, abs=0.01)
+
+
+def test_the_encoder_of_a_task_is_the_one_that_lies_least_deep():
+    net = torch.nn.ModuleDict({"net": torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({"backbone": torch.nn.ReLU()})})})
+    assert find_encoder(net) == "net.encoder"
+    assert find_encoder(torch.nn.ReLU()) == ""

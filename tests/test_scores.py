@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from scipy.stats import spearmanr
+
+from padprobe import position_maps, spearman
+from padprobe.scores import PositionScores, constant_error, is_constant, summarize
+
+few_values = st.sampled_from([-2.5, -1.0, 0.0, 1.0, 3.0])  # many ties, and often a constant
+values = st.floats(-1e6, 1e6, width=32)
+shapes = array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8)
+
+
+@st.composite
+def pairs(draw):
+    shape = draw(shapes)
+    elements = st.sampled_from([few_values, values])
+    return tuple(draw(arrays(np.float32, shape, elements=draw(elements))) for _ in range(2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(pairs())
+def test_spearman_is_scipys_and_zero_for_constants(pair):
+    a, b = pair
+    ours = spearman(torch.from_numpy(a), torch.from_numpy(b)).item()
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        assert ours == 0
+    else:
+        assert ours == pytest.approx(spearmanr(a.ravel(), b.ravel()).statistic, abs=1e-9)
+
+
+def test_spearman_broadcasts_and_ranks_large_maps_exactly():
+    torch.manual_seed(0)
+    target = position_maps(224)
+    prediction = (target + 0.3 * torch.randn(2, 5, 224, 224)).mul(8).round()  # tens of thousands of ties
+    ours = spearman(prediction, target)
+    assert ours.shape == (2, 5)
+    for b in range(2):
+        for t in range(5):
+            expected = spearmanr(prediction[b, t].ravel().numpy(), target[t].ravel().numpy()).statistic
+            assert ours[b, t].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_monotone_changes_leave_spearman_and_reversal_flips_it():
+    target = position_maps(32, ["G"])[0]
+    assert spearman(target.exp(), target).item() == pytest.approx(1)
+    assert spearman(-target, target).item() == pytest.approx(-1)
+
+
+def test_bad_maps_are_refused():
+    with pytest.raises(ValueError, match="resize"):
+        spearman(torch.zeros(4, 4), torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="no rank"):
+        spearman(torch.full((4, 4), torch.nan), torch.rand(4, 4))
+
+
+def test_best_constant_errors_are_those_of_the_protocol():
+    errors = constant_error(position_maps(224))
+    assert errors == pytest.approx(torch.tensor([0.251, 0.251, 0.197, 0.318, 0.318]), abs=1e-3)
+    for constant in (0.3, 0.45, 0.55, 0.7):  # no constant does better
+        assert ((position_maps(224) - constant).abs().mean((1, 2)) >= errors - 1e-6).all()
+
+
+def test_float_noise_on_a_constant_scores_zero_and_is_counted():
+    torch.manual_seed(0)
+    target = position_maps(64)
+    noise = 0.5 + 1e-7 * torch.randn(3, 5, 64, 64)
+    assert is_constant(noise, target).all()
+    scores = PositionScores(target)
+    scores.update(noise)
+    scores.update(target[None])
+    result = scores.compute()
+    assert result["spc"][:3].eq(0).all()
+    assert result["constant"].sum(0).tolist() == [3] * 5
+    assert result["spc"][3] == pytest.approx(torch.ones(5))
+    assert result["mae"][3].eq(0).all()
+
+
+def test_streamed_scores_are_scipys_image_by_image_in_any_batching():
+    torch.manual_seed(0)
+    target = position_maps(40, ["H", "G"])
+    predictions = target + torch.rand(7, 2, 40, 40)
+    expected = [
+        [spearmanr(p[t].ravel().numpy(), target[t].ravel().numpy()).statistic for t in range(2)] for p in predictions
+    ]
+    for split in (1, 3, 7):
+        scores = PositionScores(target)
+        for batch in predictions.split(split):
+            scores.update(batch)
+        result = scores.compute()
+        assert result["spc"].numpy() == pytest.approx(np.array(expected), abs=1e-6)
+        assert result["mae"].numpy() == pytest.approx((predictions - target).abs().mean((2, 3)).numpy(), abs=1e-6)
+        assert (result["nmae"] * constant_error(target)).numpy() == pytest.approx(result["mae"].numpy(), abs=1e-6)
+
+
+def test_a_prediction_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="expected"):
+        PositionScores(position_maps(32)).update(torch.rand(2, 5, 16, 16))
+
+
+def test_summary_means_over_images_with_an_interval_around_them():
+    generator = torch.Generator().manual_seed(0)
+    scores = {"spc": torch.randn(400, 2, generator=generator) + 3, "constant": torch.ones(400, 2, dtype=torch.bool)}
+    rows = {(row["metric"], row["target"]): row for row in summarize(scores, ["H", "V"])}
+    row = rows["spc", "H"]
+    standard_error = scores["spc"][:, 0].std().item() / 20
+    assert row["value"] == pytest.approx(scores["spc"][:, 0].mean().item())
+    assert row["ci_low"] == pytest.approx(row["value"] - 1.96 * standard_error, abs=0.4 * standard_error)
+    assert row["ci_high"] == pytest.approx(row["value"] + 1.96 * standard_error, abs=0.4 * standard_error)
+    assert row["n"] == 400
+    assert rows["constant", "V"]["value"] == 400
+    assert np.isnan(summarize({"spc": torch.ones(1, 1)}, ["H"])[0]["ci_low"])
