@@ -26,7 +26,7 @@ setup(
         "pillow>=10.3",
         "matplotlib>=3.9",
         "jinja2>=3.1",
-        "jsonargparse[signatures]>=4.37",
+        "jsonargparse[signatures]>=4.37,<5",
         "pyyaml>=6.0",
         "rich>=13.7",
     ],

@@ -146,9 +146,7 @@ class PositionProbeCallback(Callback):
 
     # ------------------------------------------------------------------ training the readouts
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._tap is not None
         self._tap.active = self._batches % self.every_n_steps == 0
         self._batches += 1
@@ -216,7 +214,7 @@ class PositionProbeCallback(Callback):
         assert self._scores is not None
         if not self._steps or trainer.sanity_checking:
             return
-        scores = self._scores.compute()
+        scores = self._scores.per_image()
         for metric in ("spc", "mae", "nmae"):
             means = scores[metric].mean(0)
             for target, mean in zip(self._options["targets"], means, strict=True):
@@ -263,4 +261,5 @@ def _progress(trainer: Trainer) -> float:
     """How much of the training is behind it, in [0, 1); 0 where its length is unknown."""
     if trainer.max_steps > 0:
         return trainer.global_step / trainer.max_steps
-    return trainer.current_epoch / trainer.max_epochs if (trainer.max_epochs or 0) > 0 else 0.0
+    epochs = trainer.max_epochs or 0
+    return trainer.current_epoch / epochs if epochs > 0 else 0.0

@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--encoder", required=True, help="torchvision:NAME, smp:NAME, timm:NAME, or a .ckpt file")
     probe.add_argument("--weights", default="untrained", help="untrained, a name the library knows, or a file")
     probe.add_argument("--padding", default="zeros", help="zeros, valid, reflect, replicate or circular")
-    probe.add_argument("--train", default="dead_leaves", metavar="DIR", help="images to train on (default: dead leaves)")
+    probe.add_argument(
+        "--train", default="dead_leaves", metavar="DIR", help="images to train on (default: dead leaves)"
+    )
     probe.add_argument(
         "--test",
         action="append",
@@ -79,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser("study", help="train, probe and compare the encoders that a YAML lists")
     study.add_argument("config", metavar="YAML")
-    study.add_argument("--out", required=True, metavar="DIR", help="folder for all results; a killed study goes on there")
+    study.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for all results; a killed study goes on there"
+    )
     study.set_defaults(command=_study)
 
     report = commands.add_parser("report", help="rebuild the report from results alone")
@@ -91,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _probe(options: argparse.Namespace) -> int:
     from padprobe.encoders import load_encoder
-    from padprobe.probing import probe_encoder
+    from padprobe.probing import padding_of, probe_encoder
 
     encoder = load_encoder(options.encoder, options.weights, options.padding, options.seed)
     test: dict[str, str] = {}
@@ -99,8 +103,16 @@ def _probe(options: argparse.Namespace) -> int:
         name, equals, folder = text.partition("=")
         test[name if equals else _name(text)] = folder if equals else text
     test.update({name: name for name in ("black", "white", "noise")})
-    name = Path(options.encoder).stem if options.encoder.endswith(".ckpt") else options.encoder.partition(":")[2]
-    with _progress() as (progress, say):
+    trained = options.encoder.endswith(".ckpt")
+    weights = "trained" if trained else Path(options.weights).stem
+    architecture = Path(options.encoder).stem if trained else options.encoder.partition(":")[2]
+    labels = {
+        "run": f"{architecture}-{weights}-{padding_of(encoder)}",
+        "encoder": options.encoder,
+        "weights": weights,
+        "task": "untrained" if weights == "untrained" else "",
+    }
+    with _progress() as (progress, _):
         results = probe_encoder(
             encoder,
             options.train,
@@ -118,7 +130,7 @@ def _probe(options: argparse.Namespace) -> int:
             limit_test=options.limit_test,
             num_workers=options.num_workers,
             device=options.device,
-            labels={"run": f"{name}-{options.padding}", "encoder": options.encoder, "weights": options.weights, "task": ""},
+            labels=labels,
             progress=progress,
         )
         results.save(options.out)
@@ -160,11 +172,19 @@ def _show(results: Results, out: str) -> int:
 def _progress() -> Iterator[tuple]:
     """A display of what runs, what is done and what is left: (progress(what, done, total), say(line))."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as display:
-        shown: dict[str, int] = {}
+        shown: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in shown:

@@ -26,7 +26,8 @@ def load_encoder(
 
     Args:
         name: ``"torchvision:vgg16"``, ``"smp:resnet34"``, ``"timm:convnext_tiny"``, or the path of a Lightning
-            checkpoint (``.ckpt``), whose ``encoder`` submodule is taken with the weights and padding it was trained with.
+            checkpoint (``.ckpt``), whose ``encoder`` submodule is taken with the weights and padding it was
+            trained with.
         weights: ``"untrained"``, a name that the library knows (``"IMAGENET1K_V1"``, ``"imagenet"``, a timm tag), which
             may be downloaded, or the path of a state dict (loaded as weights only; head weights may be missing).
         padding: how it pads, see :func:`~padprobe.set_padding`; leaves a checkpoint's encoder alone if "zeros".
@@ -78,11 +79,31 @@ def _smp(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.
     check_name(architecture, encoders, "smp encoder")
     known = list(encoders[architecture].get("pretrained_settings", {}))
     pretrained = _check_weights(weights, known)
-    if not options:
+    if pretrained and options:
+        raise ValueError(f"options {options} change the encoder, so the weights {pretrained!r} would not fit it")
+    if pretrained:
         return get_encoder(architecture, weights=pretrained)
-    # get_encoder() drops the options of all but timm's encoders, so the class is called as get_encoder() calls it
+    # as get_encoder() does, which would drop the options
     entry = encoders[architecture]
-    return entry["encoder"](**{**entry["params"], "depth": 5, "output_stride": 32, **options})
+    arguments = {**entry["params"], "depth": 5, "output_stride": 32, **options}
+    return _vgg(entry["encoder"], arguments) if architecture.startswith("vgg") else entry["encoder"](**arguments)
+
+
+def _vgg(encoder_class: Any, arguments: dict[str, Any]) -> nn.Module:
+    """An smp VGG, initialised as torchvision does, without the 120 million weights of the head.
+
+    smp builds torchvision's whole network and deletes the head: two seconds and half a gigabyte for nothing.
+    """
+    with torch.device("meta"):
+        encoder = encoder_class(**arguments, init_weights=False)
+    encoder.to_empty(device="cpu")
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # VGG's convolutions have one
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
+    return encoder
 
 
 def _timm(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
@@ -121,8 +142,9 @@ def _load_state(encoder: nn.Module, path: Path) -> None:
     if wrong or missing:
         what = "has other shapes for" if wrong else "lacks"
         raise ValueError(
-            f"weights {str(path)!r} do not fit {type(encoder).__name__}: the file {what} {', '.join((wrong or missing)[:3])}"
-            f" ({len(wrong or missing)} in all); its keys look like {', '.join(list(state)[:3])}"
+            f"weights {str(path)!r} do not fit {type(encoder).__name__}: the file {what} "
+            f"{', '.join((wrong or missing)[:3])} ({len(wrong or missing)} in all); "
+            f"its keys look like {', '.join(list(state)[:3])}"
         )
     nn.Module.load_state_dict(encoder, state, strict=False)
 
@@ -136,8 +158,8 @@ def _from_checkpoint(path: Path) -> nn.Module:
     class_path = hparams.pop("_class_path", None)
     if class_path is None:
         raise ValueError(
-            f"checkpoint {str(path)!r} does not say which LightningModule wrote it: train with `padprobe fit`, or build "
-            "the module yourself and give probe_encoder its encoder"
+            f"checkpoint {str(path)!r} does not say which LightningModule wrote it: train with `padprobe fit`, or "
+            "build the module yourself and give probe_encoder its encoder"
         )
     from lightning.pytorch import LightningModule
 

@@ -53,10 +53,7 @@ def set_padding(module: nn.Module, mode: str) -> nn.Module:
                 "use a network whose convolutions pad themselves (nn.Conv2d(..., padding=...))"
             )
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            _set_conv(layer, mode)
-        elif isinstance(layer, _POOLS) and hasattr(layer, "padding"):
-            layer.padding = 0 if mode == "valid" else _original(layer)  # type: ignore[assignment]
+        _set_layer(layer, mode)
     return module
 
 
@@ -65,7 +62,7 @@ def list_padding(module: nn.Module) -> list[LayerPadding]:
     rows = []
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d):
-            amount, mode = _pixels(layer, layer.padding), layer.padding_mode
+            amount, mode = _pixels(layer, layer.padding), str(layer.padding_mode)
         elif isinstance(layer, (*_POOLS, *PAD_LAYERS)) and hasattr(layer, "padding"):
             amount, mode = _pixels(layer, layer.padding), type(layer).__name__
         else:
@@ -76,20 +73,17 @@ def list_padding(module: nn.Module) -> list[LayerPadding]:
 
 
 @contextmanager
-def as_built(module: nn.Module) -> Iterator[None]:
-    """While open, ``module`` pads as it was built to, whatever :func:`set_padding` has made of it."""
-    changed = [layer for layer in module.modules() if hasattr(layer, _ORIGINAL)]
+def as_built(module: nn.Module, mode: str = "zeros") -> Iterator[None]:
+    """While open, ``module`` pads as it was built to (or in another mode), whatever :func:`set_padding` made of it."""
     attributes = ("padding", "padding_mode", "_reversed_padding_repeated_twice")
-    before = [{a: getattr(layer, a) for a in attributes if hasattr(layer, a)} for layer in changed]
-    for layer in changed:
-        if isinstance(layer, nn.Conv2d):
-            _set_conv(layer, "zeros")
-        else:
-            layer.padding = getattr(layer, _ORIGINAL)
+    layers = [layer for layer in module.modules() if mode != "zeros" or hasattr(layer, _ORIGINAL)]
+    before = [{a: getattr(layer, a) for a in attributes if hasattr(layer, a)} for layer in layers]
+    for layer in layers:
+        _set_layer(layer, mode)
     try:
         yield
     finally:
-        for layer, values in zip(changed, before, strict=True):
+        for layer, values in zip(layers, before, strict=True):
             for attribute, value in values.items():
                 setattr(layer, attribute, value)
 
@@ -99,6 +93,14 @@ def _original(layer: nn.Module):
     if not hasattr(layer, _ORIGINAL):
         setattr(layer, _ORIGINAL, layer.padding)
     return getattr(layer, _ORIGINAL)
+
+
+def _set_layer(layer: nn.Module, mode: str) -> None:
+    if isinstance(layer, nn.Conv2d):
+        _set_conv(layer, mode)
+    elif isinstance(layer, _POOLS) and hasattr(layer, "padding"):
+        original = _original(layer)
+        layer.padding = 0 if mode == "valid" else original  # type: ignore[assignment]
 
 
 def _set_conv(conv: nn.Conv2d, mode: str) -> None:

@@ -136,12 +136,11 @@ class _Reader:
         self, encoder: nn.Module, tap: StageTap, device: torch.device, normalize: bool, batch_size: int, workers: int
     ) -> None:
         self.encoder, self.tap, self.device, self.batch_size, self.workers = encoder, tap, device, batch_size, workers
-        self.mean, self.std = (
-            torch.tensor(v, device=device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD) if normalize
-        ) if normalize else (None, None)
+        self.mean = torch.tensor(IMAGENET_MEAN if normalize else (0.0,) * 3, device=device)[:, None, None]
+        self.std = torch.tensor(IMAGENET_STD if normalize else (1.0,) * 3, device=device)[:, None, None]
 
     def batches(self, images: Images, what: str, progress: Progress | None):
-        loader = DataLoader(
+        loader: DataLoader[Tensor] = DataLoader(
             images,  # type: ignore[arg-type]
             self.batch_size,
             num_workers=self.workers,
@@ -158,7 +157,7 @@ class _Reader:
 
     @torch.inference_mode()
     def features(self, image: Tensor) -> dict[str, Tensor]:
-        seen = image if self.mean is None else (image - self.mean) / self.std
+        seen = (image - self.mean) / self.std
         self.encoder(seen.contiguous(memory_format=torch.channels_last))
         return {"all": self.tap.take(), "rgb": align(image, self.tap.grid)}
 
@@ -208,7 +207,9 @@ def train_readouts(
     n = len(next(iter(features.values())))
     optimizers = {name: make_optimizer(readout.train()) for name, readout in readouts.items()}
     # one buffer for every batch: a fresh 150 MB block costs more in page faults than the arithmetic on it
-    buffers = {name: torch.empty(batch_size, *values.shape[1:], device=values.device) for name, values in features.items()}
+    buffers = {
+        name: torch.empty(batch_size, *values.shape[1:], device=values.device) for name, values in features.items()
+    }
     generator = torch.Generator().manual_seed(seed)
     steps = [order for _ in range(epochs) for order in torch.randperm(n, generator=generator).split(batch_size)]
     slow = 2 * len(steps) // 3
@@ -256,12 +257,12 @@ def _score(
             **labels,
             "readout": "posenet",
             "kernel_size": readout.kernel_size,
-            "depth": 1 + sum(isinstance(layer, nn.Conv2d) for layer in readout.hidden[0]),
+            "depth": readout.depth,
             "head_padding": readout.padding,
             "stages": name,
             "stimulus": stimulus,
         }
-        rows += [{**common, **row} for row in summarize(scores[name].compute(), readout.targets)]
+        rows += [{**common, **row} for row in summarize(scores[name].per_image(), readout.targets)]
     prefix = f"{labels.get('run', '')}/{stimulus}"
     maps = {
         f"{prefix}/{target}/{kind}": (sums[f"all/{kind}"][i] / len(images)).cpu().numpy().astype(np.float32)

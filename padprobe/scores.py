@@ -140,6 +140,10 @@ class PositionScores(Metric):
             "constant": joined(self.constant),
         }
 
+    def per_image(self) -> dict[str, Tensor]:
+        """:meth:`compute` with every value of shape (n, T): torchmetrics squeezes that of one image and target."""
+        return {name: values.reshape(-1, len(self.target)) for name, values in self.compute().items()}
+
 
 def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[str, Any]]:
     """Per-image scores, as :class:`PositionScores` gives them, as one row a target and metric.

@@ -10,14 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.utils import _pair
 from torch.utils._pytree import tree_leaves
 
 from padprobe.errors import check_name
 from padprobe.padding import PAD_LAYERS, as_built
 
 
+class Trace(NamedTuple):
+    """A shape-only forward pass."""
+
+    calls: list[Output]  # every module's output, in the order in which they finish
+    image: Any  # node of the image in the autograd graph
+    end: Any  # node of the deepest output
+    sides: list[int]  # of the encoder's own (B, C, H, W) outputs
+    whole: bool  # every strided layer's windows fill its input: no row or column is left over
+
+
 class Output(NamedTuple):
-    """One module's output in a shape-only forward pass, in the order in which the modules finish."""
+    """One module's output in a shape-only forward pass."""
 
     layer: str
     shape: tuple[int, ...]
@@ -45,12 +56,13 @@ def find_stages(encoder: nn.Module, image_size: int = 224) -> list[str]:
     Source: paper, section 3.1 (f_enc: the features before each pooling layer).
     """
     with as_built(encoder):
-        outputs, image_node, end_node = _trace(encoder, image_size)
-    cuts = _cuts(outputs, image_node, end_node)
+        trace = _trace(encoder, image_size)
+    outputs, cuts = trace.calls, _cuts(trace)
     stages: list[str] = []
     has_conv = False  # a convolution since the last reduction
     previous = -1
-    for here, after in zip(cuts, [*cuts[1:], None], strict=True):
+    for i, here in enumerate(cuts):
+        after = cuts[i + 1] if i + 1 < len(cuts) else None
         has_conv = has_conv or any(output.is_conv for output in outputs[previous + 1 : here + 1])
         previous = here
         size = max(outputs[here].shape[-2:])
@@ -78,13 +90,47 @@ def stage_shapes(encoder: nn.Module, stages: Sequence[str], image_size: int = 22
     names = [name for name, _ in encoder.named_modules() if name]
     for stage in stages:
         check_name(stage, names, "layer")
-    shapes = {output.layer: output.shape for output in _trace(encoder, image_size)[0]}
+    shapes = {output.layer: output.shape for output in _trace(encoder, image_size).calls}
     for stage in stages:
         if len(shapes.get(stage, ())) != 4:
             what = f"gives an output of shape {shapes[stage]}" if stage in shapes else "is not reached by forward()"
             usable = ", ".join(name for name, shape in shapes.items() if len(shape) == 4)
             raise ValueError(f"stage {stage!r} {what}; a stage's output has shape (B, C, H, W). Usable: {usable}")
     return [(shapes[stage][1], shapes[stage][2], shapes[stage][3]) for stage in stages]
+
+
+def context_size(encoder: nn.Module, image_size: int) -> tuple[int, list[int]]:
+    """The larger image that an unpadded encoder needs to see an image with its real surroundings.
+
+    Of an image of this size, the unpadded encoder's outputs, centre-cropped, have the sizes and the geometry that the
+    padded encoder's have for the centre of ``image_size``: the same resolution, no padding.
+
+    Args:
+        encoder: an encoder that :func:`~padprobe.set_padding` can change, with one or more (B, C, H, W) outputs.
+        image_size: side of the padded encoder's image in pixels.
+
+    Returns:
+        The side of the larger image, and the sides of the cropped outputs. VGG16 at 224: 404 and 224, 112, 56, 28, 14
+        (after the last pooling layer: 7).
+
+    Raises:
+        ValueError: where no size up to eight times ``image_size`` fits.
+    """
+    with as_built(encoder):
+        wanted = _forward_shapes(encoder, image_size)
+    for size in range(image_size, 8 * image_size, 2):
+        with as_built(encoder, "valid"):
+            try:
+                found = _forward_shapes(encoder, size)
+            except RuntimeError:
+                continue
+        surplus = [a - b for a, b in zip(found.sides, wanted.sides, strict=True)]
+        if found.whole and all(n >= 0 and n % 2 == 0 for n in surplus):
+            return size, wanted.sides
+    raise ValueError(
+        f"no image size up to {8 * image_size} px gives {type(encoder).__name__} without padding the maps that it has "
+        f"with padding at {image_size} px"
+    )
 
 
 def smallest_image(encoder: nn.Module, limit: int = 2048) -> int | None:
@@ -110,8 +156,8 @@ class StageTap:
     """Catches the stages of every forward pass of an encoder, aligned to the readout's grid.
 
     A stage's output (B, C, H, W) is resized inside its hook to (B, C, grid, grid), float32 and detached: bilinear with
-    ``align_corners=True``, as the authors' code does. The result is a new, small tensor, so that no later in-place layer
-    can overwrite it and the full map is not kept.
+    ``align_corners=True``, as the authors' code does. The result is a new, small tensor, so that no later in-place
+    layer can overwrite it and the full map is not kept.
 
     Args:
         encoder: the network to tap.
@@ -166,12 +212,12 @@ class StageTap:
 
 
 def align(features: Tensor, grid: int) -> Tensor:
-    """Maps resized to the readout's grid: (B, C, H, W) -> (B, C, grid, grid), float32, detached, always a new tensor."""
+    """Maps resized to the readout's grid: (B, C, H, W) -> (B, C, grid, grid), detached float32, always a new tensor."""
     resized = F.interpolate(features.detach().float(), (grid, grid), mode="bilinear", align_corners=True)
     return resized.contiguous()
 
 
-def _trace(encoder: nn.Module, image_size: int) -> tuple[list[Output], Any, Any]:
+def _trace(encoder: nn.Module, image_size: int) -> Trace:
     """:func:`_forward_shapes`, with an error that says which image size would work."""
     try:
         return _forward_shapes(encoder, image_size)
@@ -186,16 +232,21 @@ def _trace(encoder: nn.Module, image_size: int) -> tuple[list[Output], Any, Any]
         ) from error
 
 
-def _forward_shapes(encoder: nn.Module, image_size: int) -> tuple[list[Output], Any, Any]:
-    """A forward pass on the meta device: every module's output, and the graph nodes of the image and of the end."""
+def _forward_shapes(encoder: nn.Module, image_size: int) -> Trace:
+    """A forward pass on the meta device, where tensors have shapes but no data."""
     channels = next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), 3)
     state = {k: v.detach().to("meta") for k, v in [*encoder.named_parameters(), *encoder.named_buffers()]}
     calls: list[Output] = []
+    left_over: list[int] = []
 
     def record(layer: str, is_conv: bool):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 calls.append(Output(layer, tuple(output.shape), output.grad_fn, is_conv))
+                if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
+                    reach, pad = _pair(module.kernel_size)[0] - 1, _pair(module.padding)[0]
+                    reach *= _pair(getattr(module, "dilation", 1))[0]
+                    left_over.append((args[0].shape[-2] + 2 * pad - reach - 1) % _pair(module.stride)[0])
 
         return hook
 
@@ -209,16 +260,19 @@ def _forward_shapes(encoder: nn.Module, image_size: int) -> tuple[list[Output], 
     finally:
         for handle in handles:
             handle.remove()
-    ends = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-    return calls, copy.grad_fn, ends[-1] if ends else None
+    results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    ends = [leaf.grad_fn for leaf in results if leaf.grad_fn is not None]
+    sides = [leaf.shape[-1] for leaf in results if leaf.ndim == 4]
+    return Trace(calls, copy.grad_fn, ends[-1] if ends else None, sides, not any(left_over))
 
 
-def _cuts(outputs: list[Output], image_node: Any, end_node: Any) -> list[int]:
+def _cuts(trace: Trace) -> list[int]:
     """Indices of the 4-D outputs that every path from the image to the end passes through, in order.
 
     A node is such a cut if (paths from the end to it) x (paths from it to the image) = all paths. Of the modules that
     give the same output the outermost is taken; one that is called several times in a pass cannot be tapped.
     """
+    outputs, image_node, end_node = trace.calls, trace.image, trace.end
     if end_node is None:
         return []
     order: list[Any] = []  # every node after those that it needs

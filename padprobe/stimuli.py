@@ -18,7 +18,7 @@ STIMULI = ("black", "white", "noise", "dead_leaves")
 
 
 class Images(Protocol):
-    """A map-style data set of images: items are a tensor (3, H, W), a tuple that starts with one or a dict's ``image``."""
+    """A map-style data set: items are an image (3, H, W), a tuple that starts with one or a dict with an ``image``."""
 
     def __len__(self) -> int: ...
 
@@ -64,7 +64,9 @@ def image_of(item: Any) -> Tensor:
     elif isinstance(item, (tuple, list)):
         item = item[0]
     if not isinstance(item, Tensor):
-        raise ValueError(f"expected an image tensor, a tuple that starts with one or a dict's 'image'; got {type(item)}")
+        raise ValueError(
+            f"expected an image tensor, a tuple that starts with one or a dict's 'image'; got {type(item)}"
+        )
     return item
 
 
@@ -160,9 +162,15 @@ def fall(rng: np.random.Generator, count: int, size: int, smallest: float, large
 
 def disc(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
     """The part of a disc (x, y, radius) on a canvas: (rows, columns) slices and the mask inside them."""
+    where, dx, dy = window(leaf, size)
+    return where, dx**2 + dy**2 <= leaf[2] ** 2
+
+
+def window(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+    """A leaf's bounding box on a canvas: (rows, columns) slices, and its pixels' offsets from the centre along x (1, w)
+    and y (h, 1)."""
     x, y, radius = leaf
     top, bottom = max(int(y - radius), 0), min(int(y + radius) + 2, size)
     left, right = max(int(x - radius), 0), min(int(x + radius) + 2, size)
-    rows, columns = np.ogrid[top:bottom, left:right]
-    inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= radius**2
-    return (slice(top, bottom), slice(left, right)), inside
+    dx, dy = np.arange(left, right) + (0.5 - x), np.arange(top, bottom) + (0.5 - y)
+    return (slice(top, bottom), slice(left, right)), dx[None, :], dy[:, None]

@@ -103,9 +103,14 @@ def load_study(path: str | Path) -> Study:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study, "study")
     try:
-        text = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        text.pop("anchors", None)  # where a study keeps what its cells share
-        return parser.instantiate_classes(parser.parse_object({"study": text})).study
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content.pop("anchors", None)  # where a study keeps what its cells share
+        # overrides are for the training's parser: this one would instantiate a class_path among them
+        overrides = {name: cell.pop("overrides", {}) for name, cell in content["encoders"].items()}
+        study: Study = parser.instantiate_classes(parser.parse_object({"study": content})).study
+        for name, cell in study.encoders.items():
+            cell.overrides = overrides[name]
+        return study
     except Exception as error:
         raise ValueError(f"study {str(path)!r}: {error}") from error
 
@@ -152,20 +157,31 @@ def run_study(path: str | Path, out: str | Path, progress: Progress, say: Callab
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "results.csv").unlink(missing_ok=True)
                 try:
-                    results = _run(name, cell, study, folder, lambda what, n, of, p=place: progress(f"{p}: {what}", n, of))
+                    results = _run(name, cell, study, folder, _at(place, progress))
                 except Exception as error:
                     failed += 1
                     (folder / "error.log").write_text(traceback.format_exc(), encoding="utf-8")
                     say(f"{place}: FAILED: {error} (see {folder / 'error.log'})")
                     continue
                 (folder / "error.log").unlink(missing_ok=True)
-                write_atomically(record, lambda p, k=key: Path(p).write_text(json.dumps({"key": k})))
+                write_atomically(record, _text(json.dumps({"key": key})))
                 results.save(folder)
                 say(f"{place}: done")
             parts.append(Results.load(folder))
     joined = Results.join(parts)
     joined.save(out)
     return joined, failed
+
+
+def _at(place: str, progress: Progress) -> Progress:
+    return lambda what, done, total: progress(f"{place}: {what}", done, total)
+
+
+def _text(content: str) -> Callable[[str], None]:
+    def write(path: str) -> None:
+        Path(path).write_text(content, encoding="utf-8")
+
+    return write
 
 
 def _key(cell: Cell, path: str | Path) -> str:
@@ -248,7 +264,7 @@ def _train(cli: LightningCLI, cell: Cell, folder: Path, labels: dict[str, Any]) 
         for row in rows:
             row[column] = ""
     logged = pd.read_csv(folder / "training" / "metrics.csv")
-    keys = [key for key in logged if key.startswith(("position/", "val/")) and key != "val/loss"]
+    keys = [key for key in map(str, logged) if key.startswith(("position/", "val/")) and key != "val/loss"]
     points = logged.melt(id_vars="step", value_vars=keys).dropna(subset="value")
     points = points[points["step"] < cli.trainer.global_step]  # the test's scores are logged at the step after the last
     parts = points["variable"].str.split("/")

@@ -28,7 +28,8 @@ class Task(LightningModule):
 
     def __init__(self, net: nn.Module, metrics: MetricCollection, lr: float, weight_decay: float) -> None:
         super().__init__()
-        self.net, self.lr, self.weight_decay = net, lr, weight_decay
+        self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
+        self.lr, self.weight_decay = lr, weight_decay
         self.metrics = nn.ModuleDict({"val_": metrics.clone(prefix="val/"), "test_": metrics.clone(prefix="test/")})
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class Task(LightningModule):
         return logits, target
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.net(image)
+        return self.net(image.contiguous(memory_format=torch.channels_last))
 
     def _step(self, batch: dict[str, Any], stage: str) -> Tensor:
         target = batch[self.target]

@@ -45,7 +45,7 @@ class ClassificationTask(Task):
         seed: int = 0,
     ) -> None:
         network = ClassificationNetwork(
-            build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed), classes
+            build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed), classes, image_size
         )
         super().__init__(
             network, MetricCollection({"top1": MulticlassAccuracy(classes, average="micro")}), lr, weight_decay

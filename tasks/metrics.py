@@ -37,7 +37,9 @@ class SaliencyScores(Metric):
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         if prediction.shape != mask.shape or prediction.ndim != 3:
-            raise ValueError(f"prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)}: expected (B, H, W) both")
+            raise ValueError(
+                f"prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)}: expected (B, H, W) both"
+            )
         b = len(prediction)
         p, salient = prediction.double().flatten(1), mask.flatten(1) > 0.5
         low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor
@@ -25,6 +25,8 @@ class SaliencyTask(Task):
         encoder_weights: ``untrained``, a name that smp knows, or a file.
         padding: of the encoder, see :func:`padprobe.set_padding`.
         image_size: S in pixels.
+        alignment: of an unpadded encoder's maps, see :class:`~tasks.networks.DenseNetwork`; ``"context"`` wants images
+            that are larger than S, labels are S x S.
         lr: the highest learning rate.
         weight_decay: of AdamW.
         seed: of untrained weights.
@@ -39,13 +41,13 @@ class SaliencyTask(Task):
         encoder_weights: str = "untrained",
         padding: str = "zeros",
         image_size: int = 224,
+        alignment: Literal["stretch", "context"] = "stretch",
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         seed: int = 0,
     ) -> None:
-        network = DenseNetwork(
-            build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed), classes=1
-        )
+        backbone = build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed)
+        network = DenseNetwork(backbone, 1, image_size, alignment)
         super().__init__(network, MetricCollection([SaliencyScores()]), lr, weight_decay)
         self.save_hyperparameters()
         self.dice = DiceLoss("binary")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -26,6 +26,8 @@ class SegmentationTask(Task):
         padding: of the encoder, see :func:`padprobe.set_padding`.
         ignore_index: label of pixels that count neither in the loss nor in the score.
         image_size: S in pixels.
+        alignment: of an unpadded encoder's maps, see :class:`~tasks.networks.DenseNetwork`; ``"context"`` wants images
+            that are larger than S, labels are S x S.
         lr: the highest learning rate.
         weight_decay: of AdamW.
         seed: of untrained weights.
@@ -42,13 +44,13 @@ class SegmentationTask(Task):
         padding: str = "zeros",
         ignore_index: int = 255,
         image_size: int = 224,
+        alignment: Literal["stretch", "context"] = "stretch",
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         seed: int = 0,
     ) -> None:
-        network = DenseNetwork(
-            build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed), classes
-        )
+        backbone = build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed)
+        network = DenseNetwork(backbone, classes, image_size, alignment)
         miou = MulticlassJaccardIndex(classes, ignore_index=ignore_index, validate_args=False)
         super().__init__(network, MetricCollection({"miou": miou}), lr, weight_decay)
         self.save_hyperparameters()

@@ -104,7 +104,9 @@ def test_fit_trains_from_yaml_and_its_checkpoint_can_be_probed_and_tested(config
     encoder = load_encoder(checkpoint)
     assert list_padding(encoder) == []
     assert encoder.out_channels == [8, 16, 16]
-    assert main(["test", "--config", str(config), "--model.init_args.padding=valid", "--ckpt_path", str(checkpoint)]) == 0
+    assert (
+        main(["test", "--config", str(config), "--model.init_args.padding=valid", "--ckpt_path", str(checkpoint)]) == 0
+    )
     command = ["probe", "--encoder", str(checkpoint), "--image-size", "32", "--limit-train", "8", "--limit-test", "4"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     assert set(Results.load(tmp_path / "out").rows.padding) == {"valid"}
@@ -117,7 +119,9 @@ def test_an_unknown_key_in_a_config_is_named(config, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from padprobe.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from padprobe.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in ("fit", "validate", "test", "probe", "study", "report"):
         assert command in result.stdout

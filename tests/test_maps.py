@@ -41,7 +41,8 @@ def test_horizontal_stripes_vary_along_y_and_vertical_ones_along_x():
 
 def test_stripes_run_from_a_maximum_to_a_minimum_in_two_and_a_half_cycles():
     stripe = position_maps(200, ["VS"])[0, 0]
-    turns = (stripe.diff().sign().diff() != 0).sum()
+    slopes = stripe.diff().sign()
+    turns = (slopes[slopes != 0].diff() != 0).sum()
     assert stripe[0] == 1
     assert stripe[-1] == 0
     assert turns == 4
@@ -50,7 +51,7 @@ def test_stripes_run_from_a_maximum_to_a_minimum_in_two_and_a_half_cycles():
 def test_paper_scale_stretches_only_the_stripes():
     unit, paper = position_maps(50), position_maps(50, scale="paper")
     assert torch.equal(paper[:3], unit[:3])
-    assert torch.equal(paper[3:], 2 * unit[3:] - 1)
+    assert torch.allclose(paper[3:], 2 * unit[3:] - 1, atol=1e-6)
 
 
 def test_oblong_maps_cover_both_axes():

@@ -44,7 +44,7 @@ def test_an_unpadded_vgg16_is_blind_on_a_constant_image_and_a_padded_one_is_not(
     assert len(blind) == 5
     assert max(blind.values()) < 1e-5
     assert all(s > 0.01 for s in list(seeing.values())[1:])
-    assert list(seeing.values())[0] > 1e-3
+    assert next(iter(seeing.values())) > 1e-3
 
 
 def test_real_vgg16_weights_without_padding_are_blind_on_a_constant_image(data):

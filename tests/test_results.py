@@ -8,7 +8,9 @@ from padprobe.results import COLUMNS, Results, write_atomically
 def results(run="a", value=0.5):
     row = dict.fromkeys(COLUMNS, "") | {"run": run, "target": "H", "metric": "spc", "value": value, "n": 3, "seed": 0}
     rows = pd.DataFrame([row | {"ci_low": np.nan, "ci_high": np.nan, "kernel_size": 3, "depth": 1, "head_padding": 0}])
-    trajectory = pd.DataFrame([{"run": run, "task": "", "padding": "", "step": 1, "target": "H", "metric": "spc", "value": 0.1}])
+    trajectory = pd.DataFrame(
+        [{"run": run, "task": "", "padding": "", "step": 1, "target": "H", "metric": "spc", "value": 0.1}]
+    )
     return Results(rows, trajectory, {f"{run}/black/H/error": np.ones((4, 4), np.float32)})
 
 

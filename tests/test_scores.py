@@ -96,6 +96,12 @@ def test_streamed_scores_are_scipys_image_by_image_in_any_batching():
         assert (result["nmae"] * constant_error(target)).numpy() == pytest.approx(result["mae"].numpy(), abs=1e-6)
 
 
+def test_one_image_and_one_target_keep_their_shape():
+    scores = PositionScores(position_maps(32, ["H"]))
+    scores.update(torch.rand(1, 1, 32, 32))
+    assert scores.per_image()["spc"].shape == (1, 1)
+
+
 def test_a_prediction_of_another_size_is_refused():
     with pytest.raises(ValueError, match="expected"):
         PositionScores(position_maps(32)).update(torch.rand(2, 5, 16, 16))

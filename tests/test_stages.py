@@ -1,10 +1,12 @@
+import itertools
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from padprobe import find_stages, set_padding
-from padprobe.stages import StageTap, align, smallest_image, stage_shapes
+from padprobe.stages import StageTap, align, context_size, smallest_image, stage_shapes
 
 
 def test_vgg16_stages_are_the_papers():
@@ -49,7 +51,7 @@ def test_encoders_of_the_other_libraries_have_stages_that_halve():
         timm.create_model("efficientnet_b0", pretrained=False, features_only=True),
     ):
         sizes = [height for _, height, _ in stage_shapes(network, find_stages(network))]
-        assert all(a == 2 * b for a, b in zip(sizes, sizes[1:], strict=False)), (type(network), sizes)
+        assert all(a == 2 * b for a, b in itertools.pairwise(sizes)), (type(network), sizes)
         assert len(sizes) >= 4
 
 
@@ -122,3 +124,12 @@ def test_alignment_keeps_the_corners():
     assert aligned[0, 0, 0, 0] == 0
     assert aligned[0, 0, -1, -1] == pytest.approx(48)
     assert not align(features.half().requires_grad_(), 7).requires_grad
+
+
+def test_the_context_that_vgg16_needs_is_the_protocols():
+    assert context_size(torchvision.models.vgg16().features[:30], 224) == (404, [14])
+
+
+def test_context_is_not_to_be_had_for_a_network_that_cannot_be_unpadded():
+    with pytest.raises(ValueError, match="no image size up to 512 px"):
+        context_size(torchvision.models.resnet18(), 64)

@@ -33,7 +33,10 @@ def study(tmp_path):
         "image_size": 32,
         "targets": ["H", "G"],
         "train": {"class_path": f"{SCENES}.Scenes", "init_args": {"n": 24, "image_size": 32}},
-        "test": {"scenes": {"class_path": f"{SCENES}.Scenes", "init_args": {"n": 8, "image_size": 32}}, "black": "black"},
+        "test": {
+            "scenes": {"class_path": f"{SCENES}.Scenes", "init_args": {"n": 8, "image_size": 32}},
+            "black": "black",
+        },
         "encoders": {
             "untrained-valid": {"encoder": "smp:vgg11", "options": OPTIONS, "padding": "valid"},
             "sod-valid": {
@@ -49,7 +52,7 @@ def study(tmp_path):
 
 
 def write(path, content):
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
@@ -96,7 +99,7 @@ def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
         s["encoders"]["sod-valid"]["overrides"]["trainer.callbacks"] = [
             {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nothing"}}
         ]
-        s["encoders"] = dict(reversed(s["encoders"].items()))
+        s["encoders"] = dict(reversed(list(s["encoders"].items())))
 
     out = tmp_path / "out"
     results, failed, said = run(edit(study, fail), out)
@@ -113,7 +116,10 @@ def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
         (lambda s: s.update(targetz=["H"]), "targetz"),
         (lambda s: s["encoders"]["sod-valid"].update(paddng="valid"), "paddng"),
         (lambda s: s["encoders"]["sod-valid"].update(fit="nothing.yaml"), r"'sod-valid': no config 'nothing\.yaml'"),
-        (lambda s: s["encoders"]["untrained-valid"].update(encoder="smp:vgg61"), "'untrained-valid': unknown smp encoder"),
+        (
+            lambda s: s["encoders"]["untrained-valid"].update(encoder="smp:vgg61"),
+            "'untrained-valid': unknown smp encoder",
+        ),
         (lambda s: s["encoders"]["sod-valid"]["overrides"].update({"model.init_args.pading": "x"}), "pading"),
         (lambda s: s["test"].update(black="blakc"), "did you mean black"),
         (lambda s: s.update(image_size=8), "too small"),

@@ -58,7 +58,8 @@ class PosENet(nn.Module):
                 f"{grid}: use a larger grid, a smaller kernel_size or more padding"
             )
         self.targets = tuple(targets)
-        self.kernel_size, self.padding, self.grid, self.size = kernel_size, padding, grid, size
+        self.kernel_size, self.depth, self.padding = kernel_size, depth, padding
+        self.grid, self.size = grid, size
         self.register_buffer("maps", position_maps(size, targets), persistent=False)
 
         self.hidden = nn.ModuleList()
@@ -93,7 +94,7 @@ class PosENet(nn.Module):
 
     def predict_small(self, features: Tensor) -> Tensor:
         """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side) in [0, 1]."""
-        if len(self.hidden[0]):
+        if self.depth > 1:
             split = zip(self.hidden, self.weight[:, None], self.bias[:, None], strict=True)
             raw = torch.cat([F.conv2d(h(features), w, b, padding=self.padding) for h, w, b in split], dim=1)
         else:
@@ -120,17 +121,15 @@ class PosENet(nn.Module):
 def _conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
     """``F.conv2d(features, weight, padding=padding)`` for a handful of output channels, several times faster.
 
-    All the kernel's taps as one matrix product over the channels, then k * k shifted sums of its few rows.
+    All the kernel's taps as one matrix product over the channels, then their few rows shifted and added.
     """
     t, c, k, _ = weight.shape
     b, _, h, w = features.shape
-    rows = weight.permute(0, 2, 3, 1).reshape(1, t * k * k, c).expand(b, -1, -1)
-    taps = torch.bmm(rows, features.reshape(b, c, h * w)).view(b, t, k, k, h, w)  # matmul would copy the features
-    if padding:
-        taps = F.pad(taps, [padding] * 4)
-    height, width = h + 2 * padding - k + 1, w + 2 * padding - k + 1
-    shifted = [taps[:, :, i, j, i : i + height, j : j + width] for i in range(k) for j in range(k)]
-    return torch.stack(shifted).sum(0)
+    if padding >= k:
+        return F.conv2d(features, weight, padding=padding)
+    rows = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(1, t * k * k, c).expand(b, -1, -1)
+    taps = torch.bmm(rows, features.reshape(b, c, h * w))  # (B, T*k*k, H*W); matmul would copy the features
+    return F.fold(taps, (h + 2 * padding - k + 1, w + 2 * padding - k + 1), k, padding=k - 1 - padding)
 
 
 def make_optimizer(readout: nn.Module, lr: float = 0.1) -> torch.optim.SGD:

@@ -1,4 +1,4 @@
-"""Dead-leaves scenes with salient objects, semantic labels and image classes, made from a seed; nothing is downloaded."""
+"""Dead-leaves scenes with salient objects, semantic labels and image classes, made from a seed on the fly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from padprobe.stimuli import disc, fall
+from padprobe.stimuli import disc, fall, window
 
 SEMANTIC_CLASSES = ("ground", "plant", "sky", "water", "object")
 IMAGE_CLASSES = ("discs", "squares", "triangles")
@@ -25,19 +25,19 @@ OBJECT_COLOR, DISTRACTOR_COLOR = (0.92, 0.8, 0.95), (0.13, 0.8, 0.95)
 
 
 class Scenes(Dataset[dict[str, Any]]):
-    """Scenes of overlapping leaves with three objects on top, and labels for three tasks.
+    """Scenes of overlapping leaves with about three objects on top, and labels for three tasks.
 
     Leaves are ground, plants, and sky or water; all of a scene's leaves have one shape, the image's class. Radii follow
     a power law and leaves fall beyond the canvas too, objects as well, so the *images* are stationary at every setting:
     nothing in them says where the border is. Only the *labels* depend on position, as far as ``position_dependence``
     says:
 
-    - in a scene whose labels depend on appearance, the salient object differs in colour from the other two, and sky
-      differs from water;
-    - in a scene whose labels depend on position, the three objects look the same and the one nearest to the centre is
+    - in a scene whose labels depend on appearance, objects are of two colours, of which one is salient, and sky differs
+      from water;
+    - in a scene whose labels depend on position, all objects look the same and the one nearest to the centre is
       salient; sky and water look the same, and a leaf whose centre lies in the upper half is sky.
 
-    Items are dictionaries: ``image`` float32 (3, S, S) in [0, 1]; ``mask`` (1, S, S) in {0, 1}, the salient object;
+    Items are dictionaries: ``image`` float32 (3, S, S) in [0, 1]; ``mask`` (1, S, S) in {0, 1}, what is salient;
     ``labels`` int64 (S, S), out of ``SEMANTIC_CLASSES``; ``label``, the index in ``IMAGE_CLASSES``. Scene i depends on
     (seed, i) and the settings alone.
 
@@ -46,14 +46,18 @@ class Scenes(Dataset[dict[str, Any]]):
         image_size: S in pixels.
         position_dependence: probability in [0, 1] that a scene's labels depend on position.
         seed: of the scenes.
+        context: pixels that the image shows beyond each side of what is labelled: images (3, S + 2 context, ...).
     """
 
-    def __init__(self, n: int = 500, image_size: int = 96, position_dependence: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self, n: int = 500, image_size: int = 96, position_dependence: float = 1.0, seed: int = 0, context: int = 0
+    ) -> None:
         if not 0 <= position_dependence <= 1:
             raise ValueError(f"position_dependence is {position_dependence}; expected a number in [0, 1]")
         if n < 1 or image_size < 16:
             raise ValueError(f"n is {n} and image_size {image_size}; expected at least 1 scene of 16 px")
-        self.n, self.image_size, self.position_dependence, self.seed = n, image_size, position_dependence, seed
+        self.n, self.image_size, self.position_dependence = n, image_size, position_dependence
+        self.seed, self.context = seed, context
 
     def __len__(self) -> int:
         return self.n
@@ -61,7 +65,12 @@ class Scenes(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.n:
             raise IndexError(f"scene {index} of {self.n}")
-        image, mask, labels, label = make_scene(self.seed, index, self.image_size, self.position_dependence)
+        image, mask, labels, label = make_scene(
+            self.seed, index, self.image_size, self.position_dependence, self.context
+        )
+        if self.context:
+            c = self.context
+            mask, labels = mask[c:-c, c:-c], labels[c:-c, c:-c]
         return {
             "image": torch.from_numpy(image).permute(2, 0, 1).float() / 255,
             "mask": torch.from_numpy(mask)[None].float(),
@@ -72,16 +81,20 @@ class Scenes(Dataset[dict[str, Any]]):
 
 @lru_cache(maxsize=4096)
 def make_scene(
-    seed: int, index: int, size: int, position_dependence: float
+    seed: int, index: int, image_size: int, position_dependence: float, context: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """One scene of :class:`Scenes`: uint8 image (S, S, 3), bool mask (S, S), uint8 labels (S, S) and the image's class.
+    """One scene of :class:`Scenes`, with its context: uint8 image, bool mask, uint8 labels and the image's class.
 
     The last 4,096 scenes are kept: making one costs more than a small network's training step on it.
     """
     rng = np.random.default_rng([seed, index])
     by_position = rng.random() < position_dependence
     label = int(rng.integers(len(IMAGE_CLASSES)))
-    leaves = list(fall(rng, 200, size, 0.07 * size, 0.35 * size))
+    size = image_size + 2 * context  # of the canvas; leaves and objects are as large and as many to the area without it
+    smallest, largest, radius = 0.07 * image_size, 0.35 * image_size, 0.11 * image_size
+    leaves = list(
+        fall(rng, round(140 * ((size + 2 * largest) / (image_size + 2 * largest)) ** 2), size, smallest, largest)
+    )
     kinds = rng.choice(4, len(leaves), p=[0.3, 0.2, 0.25, 0.25])
     angles = rng.uniform(0, 2 * np.pi, len(leaves))
     colors = np.array(LEAF_COLORS)[kinds]
@@ -99,16 +112,18 @@ def make_scene(
         image[where][inside] = color
         labels[where][inside] = kind
 
-    radius = 0.11 * size
-    objects = rng.uniform(-radius, size + radius, (3, 2))
-    salient = int(np.argmin(((objects - size / 2) ** 2).sum(1))) if by_position else int(rng.integers(3))
-    hsv = np.array([OBJECT_COLOR if by_position or i == salient else DISTRACTOR_COLOR for i in range(3)])
+    count = round(3 * ((size + 2 * radius) / (image_size + 2 * radius)) ** 2)
+    objects = rng.uniform(-radius, size + radius, (count, 2))
+    salient = rng.random(count) < 1 / 3
+    if by_position:
+        salient = np.arange(count) == np.argmin(((objects - size / 2) ** 2).sum(1))
+    hsv = np.array([OBJECT_COLOR if by_position or chosen else DISTRACTOR_COLOR for chosen in salient])
     mask = np.zeros((size, size), bool)
     for i, ((x, y), color) in enumerate(zip(objects, _vary(rng, hsv), strict=True)):
         where, inside = disc((x, y, radius), size)
         image[where][inside] = 1.0  # a white rim tells an object from a leaf
         labels[where][inside] = OBJECT
-        mask[where][inside] = i == salient
+        mask[where][inside] = salient[i]
         where, inside = disc((x, y, 0.75 * radius), size)
         image[where][inside] = color
     image += rng.normal(0, 0.02, image.shape)  # a camera's noise
@@ -123,14 +138,13 @@ def _vary(rng: np.random.Generator, hsv: np.ndarray) -> np.ndarray:
 
 def _shape(leaf: np.ndarray, size: int, label: int, angle: float) -> tuple[tuple[slice, slice], np.ndarray]:
     """A leaf's bounding slices and mask: a disc, or the regular polygon inscribed in it."""
-    where, inside = disc(leaf, size)
-    sides = (0, 4, 3)[label]
-    if sides:
-        x, y, radius = leaf
-        rows, columns = np.ogrid[where]
-        for k in range(sides):
-            a = angle + 2 * np.pi * k / sides
-            inside &= (columns + 0.5 - x) * np.cos(a) + (rows + 0.5 - y) * np.sin(a) <= radius * np.cos(np.pi / sides)
+    where, dx, dy = window(leaf, size)
+    radius, sides = leaf[2], (0, 4, 3)[label]
+    if not sides:
+        return where, dx**2 + dy**2 <= radius**2
+    inside = np.ones((dy.size, dx.size), bool)
+    for a in angle + 2 * np.pi * np.arange(sides) / sides:
+        inside &= dx * np.cos(a) <= radius * np.cos(np.pi / sides) - dy * np.sin(a)
     return where, inside
 
 
@@ -144,6 +158,7 @@ class ScenesDataModule(LightningDataModule):
         batch_size: scenes a step.
         num_workers: processes that make scenes.
         seed: of all scenes and of the training order.
+        context: see :class:`Scenes`.
     """
 
     def __init__(
@@ -156,11 +171,12 @@ class ScenesDataModule(LightningDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
         seed: int = 0,
+        context: int = 0,
     ) -> None:
         super().__init__()
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.train, self.val, self.test = (
-            Scenes(n, image_size, position_dependence, seed=3 * seed + k) for k, n in enumerate((train, val, test))
+            Scenes(n, image_size, position_dependence, 3 * seed + k, context) for k, n in enumerate((train, val, test))
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
