@@ -120,6 +120,7 @@ class PositionProbeCallback(Callback):
             self._readout = PosENet(channels, **self._options)
             self._optimizer, self._batches, self._steps = None, 0, 0
         self._scores = PositionScores(self._readout.maps)
+        self.teardown(trainer, pl_module, stage)  # what a run that was interrupted may have left
         self._tap = StageTap(module, stages, grid)
         self._tap.active = False
 

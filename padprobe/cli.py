@@ -26,18 +26,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if args and args[0] in LIGHTNING:
         from padprobe.fit import lightning_cli
 
-        return _guard(lambda: lightning_cli(args) and 0)
+        lightning_cli(args)
+        return 0
     options = _parser().parse_args(args)
-    return _guard(lambda: options.command(options))
-
-
-def _guard(command) -> int:
-    """Bad input is one line on the screen, not a traceback."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
     try:
-        return command() or 0
-    except (ValueError, MisconfigurationException) as error:
+        return options.command(options)
+    except ValueError as error:  # bad input: one line, not a traceback
         print(f"padprobe: {error}", file=sys.stderr)
         return 2
 
