@@ -39,7 +39,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
 
     name = "torchvision:vgg16"
-    images = options.limit_train + options.limit_test + 10  # and black, white and eight of noise
+    images = options.limit_train + 2 * options.limit_test + 2  # the test set, as many of noise, black and white
     bare = bare_pass(load_encoder(name, options.weights), options.train, options.bare) * images
     start = time.perf_counter()
     arguments = ["--encoder", name, "--weights", options.weights, "--train", options.train, "--test", options.test]

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from padprobe.encoders import find_encoder
 from padprobe.errors import check_name
@@ -106,23 +106,37 @@ class PositionProbeCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict":
             return
-        name = find_encoder(pl_module) if self.encoder is None else self.encoder
-        size, grid = self._options["size"], self._options["grid"]
-        try:
-            if name:
-                check_name(name, [n for n, _ in pl_module.named_modules() if n], "encoder")
-            module = pl_module.get_submodule(name)
-            stages = find_stages(module, size) if self.stages == "auto" else list(self.stages)
-            channels = sum(c for c, _, _ in stage_shapes(module, stages, size))
-        except ValueError as error:
-            raise MisconfigurationException(f"PositionProbeCallback(encoder={name!r}): {error}") from error
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, PositionProbeCallback) and other is not self:
+                shared = set(other._options["targets"]) & set(self._options["targets"])
+                if shared:
+                    raise MisconfigurationException(
+                        f"two PositionProbeCallbacks read out {', '.join(sorted(shared))} and would log under the same "
+                        "keys: give them different targets"
+                    )
+        module, stages, channels = self.resolve(pl_module)
         if self._readout is None or self._readout.weight.shape[1] != channels:
             self._readout = PosENet(channels, **self._options)
             self._optimizer, self._batches, self._steps = None, 0, 0
         self._scores = PositionScores(self._readout.maps)
         self.teardown(trainer, pl_module, stage)  # what a run that was interrupted may have left
-        self._tap = StageTap(module, stages, grid)
+        self._tap = StageTap(module, stages, self._options["grid"])
         self._tap.active = False
+
+    def resolve(self, pl_module: LightningModule) -> tuple[nn.Module, list[str], int]:
+        """The encoder, its stages and their channels in all; raises MisconfigurationException if they do not exist."""
+        name = find_encoder(pl_module) if self.encoder is None else self.encoder
+        size = self._options["size"]
+        try:
+            if name:
+                check_name(name, [n for n, _ in pl_module.named_modules() if n], "encoder")
+            module = pl_module.get_submodule(name)
+            stages = find_stages(module, size) if self.stages == "auto" else list(self.stages)
+            return module, stages, sum(c for c, _, _ in stage_shapes(module, stages, size))
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"PositionProbeCallback(encoder={name!r}): {error} (the network must be built in the module's __init__)"
+            ) from error
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._tap is not None:
@@ -143,7 +157,7 @@ class PositionProbeCallback(Callback):
             self._batches, self._steps = self._restored["batches"], self._restored["steps"]
             self._restored = None
 
-    on_fit_start = on_validation_start = on_test_start = _to_device
+    on_fit_start = on_train_start = on_validation_start = on_test_start = _to_device
 
     # ------------------------------------------------------------------ training the readouts
 
@@ -185,7 +199,8 @@ class PositionProbeCallback(Callback):
             self._warned = True
             self._tap.clear()
             return None
-        return self._tap.take() if wanted else None
+        # what is not finite (half precision overflows) must not spoil the readout for good
+        return self._tap.take().nan_to_num(0.0, 0.0, 0.0) if wanted else None
 
     # ------------------------------------------------------------------ scoring
 
@@ -213,7 +228,7 @@ class PositionProbeCallback(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._scores is not None
-        if not self._steps or trainer.sanity_checking:
+        if not self._scores.update_called:  # nothing is trained yet, or no stage arrived
             return
         scores = self._scores.per_image()
         for metric in ("spc", "mae", "nmae"):

@@ -23,6 +23,8 @@ LIGHTNING = {
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 where a study's cell failed, 2 for bad input."""
     args = list(sys.argv[1:] if args is None else args)
+    if str(Path.cwd()) not in sys.path:  # a config or checkpoint names the modules beside it (tasks, here)
+        sys.path.insert(0, str(Path.cwd()))
     if args and args[0] in LIGHTNING:
         from padprobe.fit import lightning_cli
 
@@ -95,7 +97,11 @@ def _probe(options: argparse.Namespace) -> int:
     test: dict[str, str] = {}
     for text in options.test or ["dead_leaves"]:
         name, equals, folder = text.partition("=")
-        test[name if equals else _name(text)] = folder if equals else text
+        if not equals or Path(text).is_dir():
+            name, folder = _name(text), text
+        if name in (*test, "black", "white", "noise"):
+            raise ValueError(f"two test sets are called {name!r}: name them apart with --test NAME=DIR")
+        test[name] = folder
     test.update({name: name for name in ("black", "white", "noise")})
     trained = options.encoder.endswith(".ckpt")
     weights = "trained" if trained else Path(options.weights).stem
@@ -142,7 +148,8 @@ def _study(options: argparse.Namespace) -> int:
 
     with _progress() as (progress, say):
         results, failed = run_study(options.config, options.out, progress, say)
-    _show(results, options.out)
+    if len(results.rows):
+        _show(results, options.out)
     return 1 if failed else 0
 
 

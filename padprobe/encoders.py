@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from padprobe.errors import check_name
-from padprobe.padding import set_padding
+from padprobe.padding import PADDING_MODES, set_padding
 
 LIBRARIES = ("torchvision", "smp", "timm")
 
@@ -30,7 +30,7 @@ def load_encoder(
             trained with.
         weights: ``"untrained"``, a name that the library knows (``"IMAGENET1K_V1"``, ``"imagenet"``, a timm tag), which
             may be downloaded, or the path of a state dict (loaded as weights only; head weights may be missing).
-        padding: how it pads, see :func:`~padprobe.set_padding`; leaves a checkpoint's encoder alone if "zeros".
+        padding: how it pads, see :func:`~padprobe.set_padding`; "zeros" leaves it as it was built or trained.
         seed: of untrained weights; the global random state is left alone.
         options: further arguments of the library's constructor, such as smp's ``config`` and ``out_channels`` of a VGG.
 
@@ -38,7 +38,9 @@ def load_encoder(
         ValueError: for an unknown library, architecture, weight or padding name (with the nearest valid ones) and for
             a weights file that does not fit the architecture.
     """
+    check_name(padding, PADDING_MODES, "padding mode")
     if str(name).endswith(".ckpt"):
+        _check_weights(weights, [])
         encoder = _from_checkpoint(Path(name))
     else:
         library, _, architecture = str(name).partition(":")
@@ -52,7 +54,7 @@ def load_encoder(
             encoder = _BUILD[library](architecture, weights, options or {})
     if Path(weights).is_file():
         _load_state(encoder, Path(weights))
-    if padding != "zeros" or not str(name).endswith(".ckpt"):
+    if padding != "zeros":
         set_padding(encoder, padding)
     return encoder.eval()
 
@@ -121,11 +123,11 @@ _BUILD = {"torchvision": _torchvision, "smp": _smp, "timm": _timm}
 
 def _read(path: Path) -> Any:
     """A file of tensors and plain values; nothing in it is executed."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"cannot read {str(path)!r} as weights: {error}") from error
@@ -164,7 +166,10 @@ def _from_checkpoint(path: Path) -> nn.Module:
     from lightning.pytorch import LightningModule
 
     module_name, _, class_name = class_path.rpartition(".")
-    task = getattr(importlib.import_module(module_name), class_name)
+    try:
+        task = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} was written by {class_path}, which is not here: {error}") from error
     if not (isinstance(task, type) and issubclass(task, LightningModule)):
         raise ValueError(f"checkpoint {str(path)!r} names {class_path}, which is no LightningModule")
     hparams.pop("_instantiator", None)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -14,16 +12,12 @@ from lightning.pytorch.cli import LightningCLI
 def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> LightningCLI:
     """LightningCLI in subclass mode: model, data and callbacks by ``class_path``, as YAML or options.
 
-    The working directory is put on ``sys.path``, so that a config finds the modules beside it (``tasks`` here).
-
     Args:
         args: options, as on the command line; with ``run``, a subcommand (fit, validate, test, predict) before them.
         run: whether to run the subcommand, or only to build trainer, model and data; a bad option then raises
             ``jsonargparse.ArgumentError`` where it would else end the program.
         callbacks: added to those of the config.
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     defaults: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
     return LightningCLI(
         subclass_mode_model=True,

@@ -41,7 +41,8 @@ def set_padding(module: nn.Module, mode: str) -> nn.Module:
 
     Raises:
         ValueError: for an unknown mode, or a layer that pads in a way that this cannot change (an explicit padding
-            layer, a subclass that pads inside its ``forward``), with the layer's name.
+            layer, or timm's ``Conv2dSame``), with the layer's name. A ``F.pad`` in a ``forward`` cannot be seen: check
+            with a constant image, whose features are constant without padding.
 
     Source: paper, section 4.3.
     """

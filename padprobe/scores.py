@@ -122,6 +122,8 @@ class PositionScores(Metric):
                 "one channel a target at the target's size"
             )
         prediction = prediction.float()
+        if not prediction.isfinite().all():
+            raise ValueError("a prediction has NaN or infinite values, which have no rank: check the features it is of")
         constant = is_constant(prediction, self.target)
         spc = (standard_ranks(prediction) * self.target_ranks).sum(-1)
         self.spc.append(torch.where(constant, 0.0, spc).float())

@@ -225,7 +225,9 @@ def _trace(encoder: nn.Module, image_size: int) -> Trace:
         smallest = smallest_image(encoder)
         name = type(encoder).__name__
         if smallest is None or smallest <= image_size:
-            raise ValueError(f"{name} cannot run on a {image_size} x {image_size} image: {error}") from error
+            raise ValueError(
+                f"{name} cannot run on a {image_size} x {image_size} image (see image_size): {error}"
+            ) from error
         raise ValueError(
             f"a {image_size} x {image_size} image is too small for {name} as it is padded now: the smallest that works "
             f"is {smallest} x {smallest}. Use larger images, or padding that keeps the maps' size (zeros)"

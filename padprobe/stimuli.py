@@ -32,7 +32,7 @@ def load_images(source: str | Path | Images, image_size: int = 224, limit: int |
         source: ``"black"``, ``"white"`` (one image each), ``"noise"`` (8 images unless limited), ``"dead_leaves"``
             (300 unless limited); a folder, searched with its subfolders; or any data set of images, taken as it is.
         image_size: side in pixels; images from a folder are squashed to a square, as in the paper.
-        limit: take at most so many: of a folder or data set a random sample.
+        limit: of a folder or data set, a random sample of at most so many; of noise and dead leaves, how many to make.
         seed: of the sample and of the generated stimuli.
 
     Raises:
@@ -99,9 +99,10 @@ class ImageFolder(Dataset[Tensor]):
             chosen = np.random.default_rng(seed).permutation(len(paths))[:limit]
             paths = [paths[i] for i in sorted(chosen)]
         self.paths, self.image_size = paths, image_size
-        for path in paths:  # the headers: a file that is no image is named before hours of work, not after
+        for path in paths:  # 2 ms an image: one that cannot be read is named before hours of work, not after
             try:
-                Image.open(path).close()
+                with Image.open(path) as image:
+                    image.load()
             except (UnidentifiedImageError, OSError) as error:
                 raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
 

@@ -7,10 +7,9 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import Dataset
 
+from padprobe.callback import PositionProbeCallback
 from padprobe.encoders import find_encoder, load_encoder
 from padprobe.fit import lightning_cli
-from padprobe.maps import TARGETS
+from padprobe.maps import TARGETS, position_maps
 from padprobe.probing import Progress, padding_of, probe_encoder
 from padprobe.results import COLUMNS, TRAJECTORY, Results, write_atomically
 from padprobe.stages import find_stages, stage_shapes
@@ -98,8 +98,6 @@ def load_study(path: str | Path) -> Study:
     """
     if not Path(path).is_file():
         raise ValueError(f"no study {str(path)!r}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study, "study")
     try:
@@ -142,8 +140,10 @@ def run_study(path: str | Path, out: str | Path, progress: Progress, say: Callab
                 _check(cell, study, out / "cells" / name)
             except Exception as error:
                 raise ValueError(f"study {str(path)!r}, encoder {name!r}: {error}") from error
-        for source in (study.train, *study.test.values()):
-            load_images(source, study.image_size, 1)  # type: ignore[arg-type]
+        position_maps(study.image_size, study.targets)
+        load_images(study.train, study.image_size, study.limit_train)  # type: ignore[arg-type]
+        for source in study.test.values():
+            load_images(source, study.image_size, study.limit_test)  # type: ignore[arg-type]
 
         parts, failed = [], 0
         for i, (name, cell) in enumerate(study.encoders.items()):
@@ -189,7 +189,9 @@ def _key(cell: Cell, path: str | Path) -> str:
     study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     shared = {k: v for k, v in study.items() if k not in ("encoders", "anchors")}
     config = Path(cell.fit).read_text(encoding="utf-8") if cell.fit else ""
-    text = json.dumps([shared, dataclasses.asdict(cell), config], sort_keys=True, default=str)
+    files = [Path(p).stat() for p in (cell.encoder, cell.weights) if Path(p).is_file()]
+    stamps = [(file.st_size, file.st_mtime_ns) for file in files]
+    text = json.dumps([shared, dataclasses.asdict(cell), config, stamps], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -203,6 +205,7 @@ def _arguments(cell: Cell, folder: Path) -> list[str]:
     options = {
         "seed_everything": cell.seed,
         "trainer.logger": logger,
+        "trainer.devices": 1,  # more would run this whole study once a device
         "trainer.enable_progress_bar": False,
         "trainer.enable_model_summary": False,
         **cell.overrides,
@@ -216,8 +219,16 @@ def _check(cell: Cell, study: Study, folder: Path) -> None:
     if cell.fit:
         if not Path(cell.fit).is_file():
             raise ValueError(f"no config {cell.fit!r}")
+        if cell.options or cell.weights != "untrained" or cell.padding != "zeros":
+            raise ValueError(
+                "options, weights and padding are for encoders that are loaded; say them of a training as overrides, "
+                "such as {model.init_args.padding: valid}"
+            )
         cli = lightning_cli(_arguments(cell, folder), run=False)
         encoder = cli.model.get_submodule(find_encoder(cli.model))
+        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PositionProbeCallback):
+                callback.resolve(cli.model)
     else:
         encoder = load_encoder(cell.encoder, cell.weights, cell.padding, cell.seed, cell.options)
     stage_shapes(encoder, find_stages(encoder, study.image_size), study.image_size)
@@ -312,6 +323,3 @@ class _quiet:
         self.warnings.__exit__(*args)
         for logger, level in zip(self.loggers, self.levels, strict=True):
             logger.setLevel(level)
-
-
-__all__: Sequence[str] = ("Cell", "Study", "load_study", "run_study")

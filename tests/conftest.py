@@ -28,10 +28,11 @@ class Host(LightningModule):
             *(nn.Conv2d(3, 8, 3, padding=padding), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
             *(nn.Conv2d(8, 16, 3, padding=padding), nn.ReLU(inplace=True)),
         )
+        self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(16, 2)
 
     def forward(self, image):
-        return self.head(self.encoder(image).mean((2, 3)))
+        return self.head(self.dropout(self.encoder(image).mean((2, 3))))
 
     def training_step(self, batch, batch_idx):
         image, label = batch
@@ -46,7 +47,7 @@ class Host(LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
 @pytest.fixture

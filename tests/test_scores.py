@@ -96,6 +96,11 @@ def test_streamed_scores_are_scipys_image_by_image_in_any_batching():
         assert (result["nmae"] * constant_error(target)).numpy() == pytest.approx(result["mae"].numpy(), abs=1e-6)
 
 
+def test_a_prediction_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="no rank"):
+        PositionScores(position_maps(16)).update(torch.full((1, 5, 16, 16), torch.nan))
+
+
 def test_one_image_and_one_target_keep_their_shape():
     scores = PositionScores(position_maps(32, ["H"]))
     scores.update(torch.rand(1, 1, 32, 32))

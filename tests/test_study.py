@@ -122,6 +122,18 @@ def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
         ),
         (lambda s: s["encoders"]["sod-valid"]["overrides"].update({"model.init_args.pading": "x"}), "pading"),
         (lambda s: s["test"].update(black="blakc"), "did you mean black"),
+        (lambda s: s.update(targets=["H", "Q"]), "unknown target 'Q'"),
+        (lambda s: s["encoders"]["sod-valid"].update(padding="valid"), "say them of a training as overrides"),
+        (
+            lambda s: s["encoders"]["sod-valid"]["overrides"].update(
+                {
+                    "trainer.callbacks": [
+                        {"class_path": "padprobe.PositionProbeCallback", "init_args": {"encoder": "ent"}}
+                    ]
+                }
+            ),
+            "unknown encoder 'ent'",
+        ),
         (lambda s: s.update(image_size=8), "too small"),
     ],
 )
