@@ -23,3 +23,8 @@ def test_the_commands_in_the_readme_name_files_that_exist():
 def test_the_readme_starts_with_the_two_commands():
     first = re.search(r"```\n(.*?)```", README, re.DOTALL).group(1)
     assert [line.split("#")[0].strip() for line in first.strip().splitlines()] == ["make quick", "make test"]
+
+
+def test_no_figure_is_left_to_be_filled_in():
+    for page in (README, (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text(encoding="utf-8")):
+        assert not re.findall(r"\b[A-Z]+_(?:TABLE|HEAD|COST)\b", page)
