@@ -262,6 +262,9 @@ def _forward_shapes(encoder: nn.Module, image_size: int) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
+    for call in calls:
+        if 0 in call.shape:  # older versions of torch let a convolution's output vanish on the meta device
+            raise RuntimeError(f"the output of layer {call.layer!r} has no pixel left: shape {call.shape}")
     results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     ends = [leaf.grad_fn for leaf in results if leaf.grad_fn is not None]
     sides = [leaf.shape[-1] for leaf in results if leaf.ndim == 4]
