@@ -44,7 +44,7 @@ if __name__ == "__main__":
     start = time.perf_counter()
     arguments = ["--encoder", name, "--weights", options.weights, "--train", options.train, "--test", options.test]
     limits = ["--limit-train", str(options.limit_train), "--limit-test", str(options.limit_test)]
-    main(["probe", *arguments, *limits, "--out", options.out])
+    main(["probe", *arguments, *limits, "--untrained", "0", "--out", options.out])
     probe = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}, {images} images at 224 px")

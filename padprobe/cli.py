@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from padprobe.results import Results
 
 LIGHTNING = {
@@ -61,17 +64,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--limit-train", type=int, metavar="N", help="a random sample of the training images")
     probe.add_argument("--limit-test", type=int, metavar="N", help="a random sample of each test set")
-    probe.add_argument("--stages", nargs="+", default="auto", metavar="LAYER", help="default: found by themselves")
+    probe.add_argument(
+        "--readout",
+        action="append",
+        metavar="KEY=VALUE,...",
+        help="a further readout; may be repeated. Keys: kernel_size, depth, padding, scale (unit, paper), stages (all, "
+        "each, f1, f2+f4, ...); 'ridge' first for the closed form. The paper's (kernel_size=3) is always there, and "
+        "every one has its control on the image alone",
+    )
+    probe.add_argument(
+        "--stages", nargs="+", default=["auto"], metavar="LAYER", help="layer names, 'auto' (found) or 'paper'"
+    )
     probe.add_argument("--targets", nargs="+", default=["H", "V", "G", "HS", "VS"], metavar="MAP")
-    probe.add_argument("--kernel-size", type=int, default=3, help="of the readout (default 3)")
-    probe.add_argument("--depth", type=int, default=1, help="convolutions of the readout (default 1)")
-    probe.add_argument("--head-padding", type=int, default=0, help="zero padding of the readout (default 0)")
     probe.add_argument("--image-size", type=int, default=224, help="in pixels (default 224)")
     probe.add_argument("--normalize", action="store_true", help="ImageNet mean and std (the paper's code: none)")
-    probe.add_argument("--epochs", type=int, default=15, help="of the readout's training (default 15)")
-    probe.add_argument("--seed", type=int, default=0)
+    probe.add_argument("--epochs", type=int, default=15, help="of the readouts' training (default 15)")
+    probe.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the readouts (default 0)")
+    probe.add_argument(
+        "--untrained", type=int, default=3, metavar="N", help="untrained twins for delta, each one more run (default 3)"
+    )
+    probe.add_argument("--no-selectivity", action="store_true", help="leave the permuted targets out")
+    probe.add_argument(
+        "--context", action="store_true", help="also without padding, with real surroundings instead; one more run"
+    )
     probe.add_argument("--num-workers", type=int, default=0, help="processes that read images (default 0)")
-    probe.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    probe.add_argument(
+        "--cache-gb", type=float, default=8.0, help="memory for features; above it, a file in --out (default 8)"
+    )
+    probe.add_argument("--accelerator", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
+    probe.add_argument("--devices", type=int, default=1, help="processes that share the images (default 1)")
+    probe.add_argument("--num-nodes", type=int, default=1, help="machines (default 1)")
+    probe.add_argument("--strategy", default="auto", help="Lightning's: auto, ddp, ddp_spawn, ...")
     probe.add_argument("--out", required=True, metavar="DIR", help="folder for results.csv and the report")
     probe.set_defaults(command=_probe)
 
@@ -90,10 +113,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _probe(options: argparse.Namespace) -> int:
+    import torch
+    from lightning.fabric import Fabric
+
+    accelerator = options.accelerator
+    if accelerator == "auto":  # not MPS, which lacks float64
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    fabric = Fabric(
+        accelerator=accelerator, strategy=options.strategy, devices=options.devices, num_nodes=options.num_nodes
+    )
+    fabric.launch(functools.partial(_probe_here, options=options))
+    return 0
+
+
+def _probe_here(fabric: Fabric, options: argparse.Namespace) -> None:
+    """`padprobe probe` in each of its processes; the first writes and shows the results."""
     from padprobe.encoders import load_encoder
     from padprobe.probing import padding_of, probe_encoder
+    from padprobe.readout.variants import Readout, parse_readout
 
-    encoder = load_encoder(options.encoder, options.weights, options.padding, options.seed)
+    readouts = [Readout(), *(parse_readout(text) for text in options.readout or [])]
+    encoder = load_encoder(options.encoder, options.weights, options.padding, options.seeds[0])
     test: dict[str, str] = {}
     for text in options.test or ["dead_leaves"]:
         name, equals, folder = text.partition("=")
@@ -112,29 +152,38 @@ def _probe(options: argparse.Namespace) -> int:
         "weights": weights,
         "task": "untrained" if weights == "untrained" else "",
     }
+    first = fabric.global_rank == 0
+    if first:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    fabric.barrier()
     with _progress() as (progress, _):
         results = probe_encoder(
             encoder,
             options.train,
             test,  # type: ignore[arg-type]
-            stages=options.stages,
+            readouts=readouts,
+            stages=options.stages[0] if options.stages[0] in ("auto", "paper") else options.stages,
             targets=options.targets,
-            kernel_size=options.kernel_size,
-            depth=options.depth,
-            padding=options.head_padding,
             image_size=options.image_size,
             normalize=options.normalize,
             epochs=options.epochs,
-            seed=options.seed,
+            seeds=options.seeds,
+            untrained=options.untrained,
+            twin=None if trained else lambda seed: load_encoder(options.encoder, padding=options.padding, seed=seed),
+            selectivity=not options.no_selectivity,
+            context=options.context,
             limit_train=options.limit_train,
             limit_test=options.limit_test,
             num_workers=options.num_workers,
-            device=options.device,
+            cache_gb=options.cache_gb,
+            cache_dir=options.out,
+            fabric=fabric,
             labels=labels,
-            progress=progress,
+            progress=progress if first else None,
         )
+    if first:
         results.save(options.out)
-    return _show(results, options.out)
+        _show(results, options.out)
 
 
 def _name(folder: str) -> str:
@@ -177,13 +226,19 @@ def _progress() -> Iterator[tuple]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> str:
+            return f"{task.speed:.1f}/s" if task.speed else ""
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as display:
         shown: dict[str, TaskID] = {}
 

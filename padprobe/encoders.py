@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,22 @@ def find_encoder(module: nn.Module) -> str:
     least deep; "" (the whole module) where there is none."""
     names = [name for name, _ in module.named_modules() if name.split(".")[-1] in ("encoder", "backbone")]
     return min(names, key=lambda name: name.count("."), default="")
+
+
+def untrained_twin(encoder: nn.Module, seed: int) -> nn.Module:
+    """A copy of any encoder with new weights, on the CPU: the control for what training added.
+
+    Convolutions and linear layers are drawn as torchvision draws a VGG's convolutions (He's normal distribution, zero
+    biases); every other layer that can is reset. Padding stays as it is. The global random state is left alone.
+    """
+    twin = copy.deepcopy(encoder).cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in twin.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            elif callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
+    return twin

@@ -1,31 +1,30 @@
-"""Probes a frozen encoder: one pass over the images, every readout at once (paper, sections 3.1 and 3.2)."""
+"""Probes a frozen encoder: one pass over the images, every readout at once, its controls beside it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from lightning.fabric import Fabric
+from torch import nn
 
-from padprobe.encoders import load_encoder
-from padprobe.maps import TARGETS
-from padprobe.padding import list_padding
-from padprobe.readout.posenet import PosENet, make_optimizer
+from padprobe.encoders import load_encoder, untrained_twin
+from padprobe.features import FeatureReader, Progress
+from padprobe.maps import TARGETS, Target, position_maps
+from padprobe.measuring import Measured, Plan, describe, measure
+from padprobe.padding import as_built, list_padding, padding_reach
+from padprobe.readout.posenet import readout_side
+from padprobe.readout.variants import Readout, with_controls
 from padprobe.results import COLUMNS, Results
-from padprobe.scores import PositionScores, summarize
-from padprobe.stages import StageTap, align, find_stages, stage_shapes
-from padprobe.stimuli import Images, image_of, load_images
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from padprobe.scores import summarize
+from padprobe.stages import context_size, find_stages, paper_stages
+from padprobe.stimuli import Images, load_images
 
 Source = str | Path | Images
-Progress = Callable[[str, int, int], None]
-"""Called with (what runs, steps done, steps in all)."""
 
 
 def probe_encoder(
@@ -33,29 +32,38 @@ def probe_encoder(
     train: Source = "dead_leaves",
     test: dict[str, Source] | None = None,
     *,
+    readouts: Sequence[Readout] = (Readout(),),
     stages: str | Sequence[str] = "auto",
-    targets: Sequence[str] = TARGETS,
-    kernel_size: int = 3,
-    depth: int = 1,
-    padding: int = 0,
+    targets: Sequence[Target] = TARGETS,
     grid: int = 28,
     image_size: int = 224,
     normalize: bool = False,
     epochs: int = 15,
     batch_size: int = 32,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
+    untrained: int = 3,
+    twin: Callable[[int], nn.Module] | None = None,
+    selectivity: bool = True,
+    context: bool = False,
     limit_train: int | None = None,
     limit_test: int | None = None,
     num_workers: int = 0,
-    device: str = "auto",
+    cache_gb: float = 8.0,
+    cache_dir: str | Path | None = None,
+    fabric: Fabric | None = None,
     labels: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Measures how much absolute position a frozen encoder encodes.
+    """Measures how much absolute position a frozen encoder encodes, and what of it is the controls' too.
 
-    The encoder sees each training image once; its stages, aligned to one grid, are kept in half precision, and one
-    readout a target is trained on them (and, as a control, one on the RGB image alone: the paper's "PosENet" row). Then
-    it sees each test image once. Neither its weights nor its buffers change.
+    The encoder sees each training image once; its stages, aligned to one grid, are kept in half precision, and all
+    readouts are trained on them side by side, each from its own random stream, so that one more changes no other's
+    result. Then it sees each test image once. Neither its weights nor its buffers change.
+
+    Beside every readout stand the same readout of the RGB image alone (the paper's "PosENet" row) and its selectivity;
+    beside the encoder, untrained twins and, if asked for, the unpadded encoder with real context. Without any readout,
+    eta squared is the share of the features' variance that position explains, see
+    :class:`~padprobe.readout.variance.PositionVariance`.
 
     Args:
         encoder: a network that takes images (B, 3, S, S), or a name for :func:`~padprobe.load_encoder`.
@@ -63,210 +71,124 @@ def probe_encoder(
             :func:`~padprobe.stimuli.load_images`.
         test: images to score on, by name; ``black``, ``white`` and ``noise`` are the paper's. Default: those and other
             dead leaves.
-        stages: dotted layer names, or ``"auto"``: :func:`~padprobe.find_stages`.
-        targets: position maps, out of ``H, V, G, HS, VS``.
-        kernel_size, depth, padding: of the readout, see :class:`~padprobe.PosENet`.
+        readouts: see :class:`~padprobe.readout.variants.Readout`. The first is the headline: the one whose maps and
+            border profile are kept.
+        stages: dotted layer names; ``"auto"``: :func:`~padprobe.find_stages`; ``"paper"``: the paper's choice,
+            which leaves out the first of a ResNet.
+        targets: position maps, out of ``H, V, G, HS, VS``, or functions, see :data:`padprobe.maps.Target`.
         grid: side of the aligned features in cells.
         image_size: S in pixels; predictions are scored at this size.
         normalize: subtract ImageNet's mean and divide by its standard deviation (the paper's code does not).
         epochs, batch_size: of the readouts' training; SGD with rate .1, a tenth of that from two thirds on.
-        seed: of the readouts, their order of images, the samples of images and generated stimuli.
+        seeds: of the readouts and their order of images, one training each; the first also of the samples of images
+            and the generated stimuli.
+        untrained: number of untrained twins; each costs as much as the encoder itself. delta = SPC - mean SPC(twins).
+        twin: called with a seed, gives an untrained encoder of the same architecture and padding. Default:
+            :func:`~padprobe.encoders.untrained_twin`.
+        selectivity: read out a permuted target too, see :func:`padprobe.maps.shuffled`: selectivity = SPC - its SPC.
+        context: take images larger than S, with the surroundings that the encoder would need to do without padding (404
+            px for VGG16 at 224). The encoder sees their centre, as if they were S px; a further run, "valid+context",
+            shows all of them to the encoder without padding, and crops its stages to the padded ones' geometry.
         limit_train, limit_test: use at most so many images, a random sample.
         num_workers: processes that read images.
-        device: ``"auto"`` (a GPU where there is one), ``"cpu"``, ``"cuda"``, ...
+        cache_gb: memory for the training images' features (2.3 MB an image for VGG16); above it they go to a file.
+        cache_dir: where that file lies; default: the system's folder for temporary files.
+        fabric: Lightning's Fabric, launched, for a choice of devices: the images are shared out among its processes,
+            and all get the results. Default: one GPU where there is one, or else the CPU.
         labels: columns of the results that only the caller knows, such as ``run``, ``weights`` or ``task``.
         progress: called with (what runs, images done, images in all).
 
     Returns:
-        :class:`~padprobe.results.Results`: rows of SPC, MAE, nMAE (95% bootstrap interval over images) and the number
-        of constant predictions for every stimulus and target, for all stages together (``stages == "all"``) and for the
-        RGB image alone (``"rgb"``); mean predicted maps and mean error maps.
+        :class:`~padprobe.results.Results`: for every readout, seed, stimulus and target rows of spc, mae, nmae,
+        selectivity, delta (95% bootstrap interval over images) and the number of constant predictions; eta2 and the
+        part of a stage's cells that padding reaches; the headline's scores by distance to the border; mean maps.
 
     Raises:
-        ValueError: naming the unknown target or layer, the empty folder, the unreadable image, or the image size that
-            is too small for the encoder.
+        ValueError: naming the unknown target, stage or layer, the empty folder, the unreadable image, or the image size
+            that is too small for the encoder.
 
-    Source: paper, sections 3.1 and 3.2.
+    Source: paper, sections 3.1 and 3.2; the controls but for RGB-only are ours.
     """
     labels = dict(labels or {})
     if isinstance(encoder, (str, Path)):
         labels = {"run": Path(encoder).stem, "encoder": str(encoder), "weights": "untrained", **labels}
         encoder = load_encoder(str(encoder))
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if labels.get("weights") == "untrained":
+        untrained = 0  # it is its own twin
+    fabric = fabric or Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
+    layers = _layers(encoder, stages, image_size)
+    shown, sides = context_size(encoder, image_size, layers) if context else (image_size, None)
+    variants = with_controls(readouts, [f"f{i + 1}" for i in range(len(layers))])
+    for readout in variants:
+        readout_side(readout.kernel_size, readout.depth, readout.padding, grid)
+    position_maps(image_size, targets)
+    plan = Plan(tuple(variants), tuple(targets), image_size, grid, epochs, batch_size, tuple(seeds), selectivity)
     if test is None:
         test = {"dead_leaves": "dead_leaves", "black": "black", "white": "white", "noise": "noise"}
-    train_images = load_images(train, image_size, limit_train, seed)
+    train_images = load_images(train, shown, limit_train, seeds[0])
     # another seed: generated test stimuli are not those of the training
-    test_images = {name: load_images(source, image_size, limit_test, seed + 1) for name, source in test.items()}
-    names = find_stages(encoder, image_size) if stages == "auto" else list(stages)
-    channels = sum(c for c, _, _ in stage_shapes(encoder, names, image_size))
+    test_images = {name: load_images(source, shown, limit_test, seeds[0] + 1) for name, source in test.items()}
 
-    def readout(in_channels: int) -> PosENet:
-        return PosENet(in_channels, targets, kernel_size, depth, padding, grid, image_size, seed)
+    def run(network: nn.Module, plan: Plan, what: str = "", sides: list[int] | None = None) -> Measured:
+        say = progress and (lambda step, done, total: progress(f"{what}{step}", done, total))
+        arguments = (grid, image_size, shown, sides, normalize, batch_size, num_workers, fabric)
+        with FeatureReader(network, layers, *arguments) as reader:
+            found = measure(reader, plan, train_images, test_images, cache_gb, cache_dir, say)
+            if not sides:
+                masks = padding_reach(network, layers, image_size)
+                found.reach = {f"f{i + 1}": masks[layer] for i, layer in enumerate(layers)}
+        return found
 
-    readouts = {"all": readout(channels).to(where), "rgb": readout(3).to(where)}
-    was_training, home = encoder.training, next((p.device for p in encoder.parameters()), where)
-    tap = StageTap(encoder, names, grid)
-    try:
-        encoder.eval().to(where)
-        read = _Reader(encoder, tap, where, normalize, batch_size, num_workers)
-        features = read.all(train_images, progress)
-        train_readouts(readouts, features, epochs, batch_size, seed, progress)
-        del features
-        parts = [
-            _score(read, readouts, name, images, {"seed": seed, "padding": padding_of(encoder), **labels}, progress)
-            for name, images in test_images.items()
-        ]
-    finally:
-        tap.remove()
-        encoder.train(was_training).to(home)
+    labels = {"run": "", "padding": padding_of(encoder), **labels}
+    main = run(encoder, plan)
+    parts = [main.results(labels)]
+    if context:
+        with as_built(encoder, "valid"):
+            unpadded = run(encoder, plan, "valid + context: ", sides)
+        parts.append(unpadded.results(_relabel(labels, "padding", "valid+context")))
+    blanks = []
+    for seed in range(untrained):
+        blank = twin(seed) if twin else untrained_twin(encoder, seed)
+        blanks.append(
+            run(blank, dataclasses.replace(plan, seeds=plan.seeds[:1]), f"untrained {seed + 1}/{untrained}: ")
+        )
+        found = blanks[-1].results({**_relabel(labels, "weights", "untrained"), "task": "untrained", "seed": seed})
+        found.maps = {}  # their name is the same for every seed
+        parts.append(found)
+    if blanks:
+        parts.append(_deltas(main, blanks, labels))
     return Results.join(parts)
+
+
+def _relabel(labels: dict[str, Any], column: str, value: str) -> dict[str, Any]:
+    """The labels of a control: one column's value is another, in the run's name too."""
+    run, old = str(labels["run"]), str(labels.get(column, ""))
+    run = run.replace(old, value) if old and old in run else f"{run} {value}".strip()
+    return {**labels, column: value, "run": run}
+
+
+def _deltas(main: Measured, twins: list[Measured], labels: dict[str, Any]) -> Results:
+    """Rows of delta = SPC - mean SPC of the untrained twins, image by image."""
+    plan, rows = main.plan, []
+    for (key, stimulus), scores in main.scores.items():
+        control = torch.stack([twin.scores[(key[0], plan.seeds[0]), stimulus]["spc"] for twin in twins]).mean(0)
+        delta = (scores["spc"] - control)[:, : len(plan.targets)]
+        common = {**describe(key), **labels, "stimulus": stimulus}
+        rows += [{**common, **row} for row in summarize({"delta": delta}, plan.names)]
+    return Results(pd.DataFrame(rows).reindex(columns=list(COLUMNS)))
+
+
+def _layers(encoder: nn.Module, stages: str | Sequence[str], image_size: int) -> list[str]:
+    if not isinstance(stages, str):
+        return list(stages)
+    if stages not in ("auto", "paper"):
+        raise ValueError(
+            f"stages is {stages!r}; expected 'auto', 'paper' or a list of layer names such as [{stages!r}]"
+        )
+    return (find_stages if stages == "auto" else paper_stages)(encoder, image_size)
 
 
 def padding_of(encoder: nn.Module) -> str:
     """The padding mode of an encoder's convolutions: "valid" where none pads, "mixed" where they differ."""
     modes = {row.mode for row in list_padding(encoder) if not row.mode.endswith("2d")}
     return modes.pop() if len(modes) == 1 else "mixed" if modes else "valid"
-
-
-class _Reader:
-    """Runs images through a tapped encoder: aligned features by readout name, ``all`` stages and ``rgb``."""
-
-    def __init__(
-        self, encoder: nn.Module, tap: StageTap, device: torch.device, normalize: bool, batch_size: int, workers: int
-    ) -> None:
-        self.encoder, self.tap, self.device, self.batch_size, self.workers = encoder, tap, device, batch_size, workers
-        self.mean = torch.tensor(IMAGENET_MEAN if normalize else (0.0,) * 3, device=device)[:, None, None]
-        self.std = torch.tensor(IMAGENET_STD if normalize else (1.0,) * 3, device=device)[:, None, None]
-
-    def batches(self, images: Images, what: str, progress: Progress | None):
-        loader: DataLoader[Tensor] = DataLoader(
-            images,  # type: ignore[arg-type]
-            self.batch_size,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            collate_fn=_stack,
-        )
-        done = 0
-        for batch in loader:
-            image = batch.to(self.device, non_blocking=True)
-            yield self.features(image)
-            done += len(image)
-            if progress:
-                progress(what, done, len(images))
-
-    @torch.inference_mode()
-    def features(self, image: Tensor) -> dict[str, Tensor]:
-        seen = (image - self.mean) / self.std
-        self.encoder(seen.contiguous(memory_format=torch.channels_last))
-        return {"all": self.tap.take(), "rgb": align(image, self.tap.grid)}
-
-    def all(self, images: Images, progress: Progress | None) -> dict[str, Tensor]:
-        """The features of all images, float16, on the encoder's device."""
-        kept: dict[str, Tensor] = {}
-        start = 0
-        for features in self.batches(images, "encoder pass", progress):
-            for name, values in features.items():
-                if name not in kept:
-                    kept[name] = values.new_empty(len(images), *values.shape[1:], dtype=torch.float16)
-                kept[name][start : start + len(values)] = values
-            start += len(values)
-        for name, values in kept.items():
-            if not all(part.isfinite().all() for part in values.split(64)):
-                raise ValueError(
-                    f"the encoder's features ({name}) leave the range of half precision or are not finite: normalise "
-                    "its input (normalize=True), or check its weights"
-                )
-        return kept
-
-
-def _stack(items: list[Any]) -> Tensor:
-    return torch.stack([image_of(item) for item in items])
-
-
-def train_readouts(
-    readouts: dict[str, PosENet],
-    features: dict[str, Tensor],
-    epochs: int = 15,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> None:
-    """Trains readouts side by side on features that were computed once, in place, and leaves them in evaluation mode.
-
-    Args:
-        readouts: by name.
-        features: what each of them reads, by the same names: (N, C, grid, grid), any floating type.
-        epochs: passes over the features.
-        batch_size: images a step.
-        seed: of the order of images, which all readouts share.
-        progress: called with ("readouts", steps done, steps in all).
-
-    Source: paper, section 3.2: SGD, 15 epochs; the authors' code: rate .1, a tenth of that from epoch 10 on.
-    """
-    n = len(next(iter(features.values())))
-    optimizers = {name: make_optimizer(readout.train()) for name, readout in readouts.items()}
-    # one buffer for every batch: a fresh 150 MB block costs more in page faults than the arithmetic on it
-    buffers = {
-        name: torch.empty(batch_size, *values.shape[1:], device=values.device) for name, values in features.items()
-    }
-    generator = torch.Generator().manual_seed(seed)
-    steps = [order for _ in range(epochs) for order in torch.randperm(n, generator=generator).split(batch_size)]
-    slow = 2 * len(steps) // 3
-    for step, order in enumerate(steps):
-        for name, readout in readouts.items():
-            batch = buffers[name][: len(order)]
-            if batch.device.type == "cpu":
-                for row, index in zip(batch, order.tolist(), strict=True):
-                    row.copy_(features[name][index])
-            else:
-                batch.copy_(features[name][order.to(batch.device)])
-            optimizer = optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = 0.1 if step < slow else 0.01
-            optimizer.zero_grad()
-            readout.loss(batch).sum().backward()
-            optimizer.step()
-        if progress:
-            progress("readouts", step + 1, len(steps))
-    for readout in readouts.values():
-        readout.eval()
-
-
-def _score(
-    read: _Reader,
-    readouts: dict[str, PosENet],
-    stimulus: str,
-    images: Images,
-    labels: dict[str, Any],
-    progress: Progress | None,
-) -> Results:
-    """One stimulus's rows and maps, for every readout."""
-    scores = {name: PositionScores(readout.maps).to(read.device) for name, readout in readouts.items()}
-    sums: dict[str, Tensor] = {}
-    for features in read.batches(images, stimulus, progress):
-        for name, readout in readouts.items():
-            with torch.inference_mode():
-                prediction = readout(features[name])
-                scores[name].update(prediction)
-                for kind, maps in (("prediction", prediction), ("error", (prediction - readout.maps).abs())):
-                    sums[f"{name}/{kind}"] = sums.get(f"{name}/{kind}", 0) + maps.sum(0)
-    rows = []
-    for name, readout in readouts.items():
-        common = {
-            **labels,
-            "readout": "posenet",
-            "kernel_size": readout.kernel_size,
-            "depth": readout.depth,
-            "head_padding": readout.padding,
-            "stages": name,
-            "stimulus": stimulus,
-        }
-        rows += [{**common, **row} for row in summarize(scores[name].per_image(), readout.targets)]
-    prefix = f"{labels.get('run', '')}/{stimulus}"
-    maps = {
-        f"{prefix}/{target}/{kind}": (sums[f"all/{kind}"][i] / len(images)).cpu().numpy().astype(np.float32)
-        for kind in ("prediction", "error")
-        for i, target in enumerate(readouts["all"].targets)
-    }
-    return Results(pd.DataFrame(rows).reindex(columns=list(COLUMNS)), maps=maps)

@@ -17,6 +17,11 @@ COLUMNS = (
     *("stimulus", "target", "metric", "value", "ci_low", "ci_high", "n"),
 )
 TRAJECTORY = ("run", "task", "padding", "step", "target", "metric", "value")
+PROFILE = (
+    *("run", "encoder", "weights", "task", "padding", "seed"),
+    *("readout", "kernel_size", "depth", "head_padding", "stages"),
+    *("stimulus", "target", "distance", "metric", "value", "ci_low", "ci_high", "n"),
+)
 
 
 @dataclass
@@ -24,21 +29,26 @@ class Results:
     """Measurements: ``rows`` (one a measurement, :data:`COLUMNS`), and what is too large for a table.
 
     ``trajectory`` has one row a logged value of a training (:data:`TRAJECTORY`; a task's metric has an empty target).
+    ``profile`` has one row a measurement at one distance to the nearest border, in pixels of the image
+    (:data:`PROFILE`).
     ``maps`` holds mean maps over a stimulus's images, shape (S, S), under ``run/stimulus/target/prediction`` and
-    ``.../error`` (mean absolute error).
+    ``.../error`` (mean absolute error), and the share of a stage's variance that position explains cell by cell, shape
+    (grid, grid), under ``run/stimulus/STAGE/eta2``.
     """
 
     rows: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(COLUMNS)))
     trajectory: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(TRAJECTORY)))
     maps: dict[str, np.ndarray] = field(default_factory=dict)
+    profile: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(PROFILE)))
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``results.csv``, ``trajectory.csv`` and ``maps.npz`` into a folder; results.csv last, each whole or
-        not at all, so that a results.csv means that all is there."""
+        """Writes ``results.csv``, ``trajectory.csv``, ``profile.csv`` and ``maps.npz`` into a folder; results.csv last,
+        each whole or not at all, so that a results.csv means that all is there."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "maps.npz", lambda path: np.savez_compressed(path, **self.maps))  # type: ignore[arg-type]
         write_atomically(folder / "trajectory.csv", lambda path: self.trajectory.to_csv(path, index=False))
+        write_atomically(folder / "profile.csv", lambda path: self.profile.to_csv(path, index=False))
         write_atomically(folder / "results.csv", lambda path: self.rows.to_csv(path, index=False))
 
     @classmethod
@@ -58,6 +68,9 @@ class Results:
         results = cls(rows)
         if (folder / "trajectory.csv").is_file():
             results.trajectory = pd.read_csv(folder / "trajectory.csv", keep_default_na=False)
+        if (folder / "profile.csv").is_file():
+            numbers = {c: [""] for c in (*_NUMBERS, "distance")}
+            results.profile = pd.read_csv(folder / "profile.csv", keep_default_na=False, na_values=numbers)
         if (folder / "maps.npz").is_file():
             with np.load(folder / "maps.npz") as maps:
                 results.maps = dict(maps)
@@ -67,13 +80,11 @@ class Results:
     def join(cls, parts: Iterable[Results]) -> Results:
         """All measurements of several results."""
         parts = list(parts)
-        rows = [part.rows for part in parts if len(part.rows)]
-        trajectories = [part.trajectory for part in parts if len(part.trajectory)]
         joined = cls(maps={key: value for part in parts for key, value in part.maps.items()})
-        if rows:
-            joined.rows = pd.concat(rows, ignore_index=True)
-        if trajectories:
-            joined.trajectory = pd.concat(trajectories, ignore_index=True)
+        for table in ("rows", "trajectory", "profile"):
+            filled = [frame for part in parts if len(frame := getattr(part, table))]
+            if filled:
+                setattr(joined, table, pd.concat(filled, ignore_index=True))
         return joined
 
 

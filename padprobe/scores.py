@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,12 +89,86 @@ def constant_error(target: Tensor) -> Tensor:
     return (flat - flat.median(-1, keepdim=True).values).abs().mean(-1)
 
 
+def score_maps(prediction: Tensor, target: Tensor, target_ranks: Tensor | None = None) -> dict[str, Tensor]:
+    """SPC, MAE and nMAE of predicted position maps, image by image.
+
+    Args:
+        prediction: shape (B, T, H, W).
+        target: the position maps, shape (T, H, W).
+        target_ranks: ``standard_ranks(target)``, where the caller has it.
+
+    Returns:
+        ``spc``, ``mae`` and ``nmae``, float32, and ``constant``, bool, each of shape (B, T). nMAE = MAE / (MAE of the
+        best constant). SPC is 0 where ``constant``, see :func:`is_constant`.
+
+    Raises:
+        ValueError: where the shapes do not fit or a prediction is not finite.
+
+    Source: paper, section 3.2.
+    """
+    if prediction.shape[1:] != target.shape:
+        raise ValueError(
+            f"predictions are {tuple(prediction.shape)}; expected (images, *{tuple(target.shape)}), "
+            "one channel a target at the target's size"
+        )
+    prediction = prediction.float()
+    if not prediction.isfinite().all():
+        raise ValueError("a prediction has NaN or infinite values, which have no rank: check the features it is of")
+    ranks = standard_ranks(target) if target_ranks is None else target_ranks
+    constant = is_constant(prediction, target)
+    # image by image on a CPU: ranking all at once is twice as slow, for the pages of its large temporaries
+    parts = prediction.split(1 if prediction.device.type == "cpu" else len(prediction))
+    spc = torch.cat([(standard_ranks(part) * ranks).sum(-1) for part in parts])
+    mae = mean_absolute_error(prediction, target)
+    return {
+        "spc": torch.where(constant, 0.0, spc).float(),
+        "mae": mae,
+        "nmae": mae / constant_error(target),
+        "constant": constant,
+    }
+
+
+class BorderProfile:
+    """SPC and MAE of predicted maps by the distance to the nearest border, ring by ring.
+
+    Args:
+        target: the position maps, shape (T, H, W).
+        width: of a ring in pixels.
+    """
+
+    def __init__(self, target: Tensor, width: float) -> None:
+        height, breadth = target.shape[-2:]
+        self.target = target.flatten(1)
+        self.rings = rings(height, breadth, width)
+        self.distances = [(i + 0.5) * width for i in range(len(self.rings))]
+        self.ranks = [standard_ranks(self.target[:, ring, None]) for ring in self.rings]
+
+    def score(self, prediction: Tensor) -> dict[str, Tensor]:
+        """``spc`` and ``mae`` of predictions (B, T, H, W): each (B, T, rings); SPC is 0 where the whole prediction is
+        constant, see :func:`is_constant`."""
+        flat = prediction.float().flatten(2)
+        constant = is_constant(flat[..., None], self.target[..., None])
+        spc, mae = [], []
+        for ring, ranks in zip(self.rings, self.ranks, strict=True):
+            part = flat[..., ring]
+            spc.append(torch.where(constant, 0.0, (standard_ranks(part[..., None]) * ranks).sum(-1)).float())
+            mae.append((part - self.target[:, ring]).abs().mean(-1))
+        return {"spc": torch.stack(spc, -1), "mae": torch.stack(mae, -1)}
+
+
+def rings(height: int, breadth: int, width: float) -> list[Tensor]:
+    """The flat indices of each ring's pixels: those at distances [i width, (i + 1) width) from the nearest border."""
+    y, x = torch.arange(height)[:, None], torch.arange(breadth)[None, :]
+    distance = torch.minimum(torch.minimum(y, height - 1 - y), torch.minimum(x, breadth - 1 - x)) + 0.5
+    ring = (distance / width).int().flatten()
+    return [torch.nonzero(ring == i)[:, 0] for i in range(int(ring.max()) + 1)]
+
+
 class PositionScores(Metric):
     """SPC, MAE and nMAE of predicted position maps, image by image, over any number of batches and processes.
 
-    ``update`` takes predictions of shape (B, T, H, W); ``compute`` gives, for n images in all, a dictionary of ``spc``,
-    ``mae`` and ``nmae``, each of shape (n, T), and ``constant``, bool (n, T): where the prediction was constant and SPC
-    is 0 by definition (see :func:`is_constant`). nMAE = MAE / (MAE of the best constant).
+    ``update`` takes predictions of shape (B, T, H, W); ``compute`` gives what :func:`score_maps` gives, for n images in
+    all: each of shape (n, T).
 
     Args:
         target: the position maps, shape (T, H, W).
@@ -104,57 +179,42 @@ class PositionScores(Metric):
     full_state_update = False
     target: Tensor
     target_ranks: Tensor
-    spc: list[Tensor]
-    mae: list[Tensor]
-    constant: list[Tensor]
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
         self.register_buffer("target", target, persistent=False)
         self.register_buffer("target_ranks", standard_ranks(target), persistent=False)
-        for name in ("spc", "mae", "constant"):
+        for name in ("spc", "mae", "nmae", "constant"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, prediction: Tensor) -> None:
-        if prediction.shape[1:] != self.target.shape:
-            raise ValueError(
-                f"predictions are {tuple(prediction.shape)}; expected (images, *{tuple(self.target.shape)}), "
-                "one channel a target at the target's size"
-            )
-        prediction = prediction.float()
-        if not prediction.isfinite().all():
-            raise ValueError("a prediction has NaN or infinite values, which have no rank: check the features it is of")
-        constant = is_constant(prediction, self.target)
-        spc = (standard_ranks(prediction) * self.target_ranks).sum(-1)
-        self.spc.append(torch.where(constant, 0.0, spc).float())
-        self.mae.append(mean_absolute_error(prediction, self.target))
-        self.constant.append(constant)
+        for name, values in score_maps(prediction, self.target, self.target_ranks).items():
+            getattr(self, name).append(values)
 
     def compute(self) -> dict[str, Tensor]:
         def joined(state: list[Tensor] | Tensor) -> Tensor:  # torchmetrics hands over a tensor after a sync
             return torch.cat(state) if isinstance(state, list) else state
 
-        mae = joined(self.mae)
-        return {
-            "spc": joined(self.spc),
-            "mae": mae,
-            "nmae": mae / constant_error(self.target),
-            "constant": joined(self.constant),
-        }
+        return {name: joined(getattr(self, name)) for name in ("spc", "mae", "nmae", "constant")}
 
     def per_image(self) -> dict[str, Tensor]:
         """:meth:`compute` with every value of shape (n, T): torchmetrics squeezes that of one image and target."""
         return {name: values.reshape(-1, len(self.target)) for name, values in self.compute().items()}
 
 
+@functools.lru_cache(maxsize=8)
+def _resamples(n: int) -> np.ndarray:
+    """How often each of n images is in each of 1,000 samples of n with replacement, over n: (1000, n)."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000) / n
+
+
 def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[str, Any]]:
     """Per-image scores, as :class:`PositionScores` gives them, as one row a target and metric.
 
     Rows have ``target``, ``metric`` (spc, mae, nmae: the mean over images; constant: the number of images), ``value``,
-    ``ci_low``, ``ci_high`` (95% percentile bootstrap over images, NaN for a single image or a count) and ``n``.
+    ``ci_low``, ``ci_high`` (95% percentile bootstrap over images, 1,000 resamples, NaN for a single image or a count)
+    and ``n``.
     """
-    from scipy.stats import bootstrap
-
     rows = []
     for metric, values in scores.items():
         per_image = values.double().cpu().numpy()  # (n, T)
@@ -162,10 +222,7 @@ def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[st
         mean = per_image.sum(0) if metric == "constant" else per_image.mean(0)
         low = high = np.full_like(mean, np.nan)
         if n > 1 and metric != "constant":
-            interval = bootstrap(
-                (per_image,), np.mean, axis=0, n_resamples=1000, method="percentile", rng=0, batch=100
-            ).confidence_interval
-            low, high = interval.low, interval.high
+            low, high = np.percentile(_resamples(n) @ per_image, [2.5, 97.5], axis=0)
         for i, target in enumerate(targets):
             row = {"target": target, "metric": metric, "value": mean[i], "ci_low": low[i], "ci_high": high[i], "n": n}
             rows.append(row)

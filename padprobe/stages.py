@@ -80,6 +80,16 @@ def find_stages(encoder: nn.Module, image_size: int = 224) -> list[str]:
     return stages
 
 
+def paper_stages(encoder: nn.Module, image_size: int = 224) -> list[str]:
+    """The paper's stages: those of :func:`find_stages`, but of a ResNet ``layer1 .. layer4`` alone.
+
+    Source: the authors' code (the paper's text draws five stages for both networks).
+    """
+    stages = find_stages(encoder, image_size)
+    blocks = [stage for stage in stages if stage.split(".")[-1] in ("layer1", "layer2", "layer3", "layer4")]
+    return blocks if len(blocks) == 4 else stages
+
+
 def stage_shapes(encoder: nn.Module, stages: Sequence[str], image_size: int = 224) -> list[tuple[int, int, int]]:
     """(channels, height, width) of each named stage for one square image, without running any layer.
 
@@ -99,34 +109,42 @@ def stage_shapes(encoder: nn.Module, stages: Sequence[str], image_size: int = 22
     return [(shapes[stage][1], shapes[stage][2], shapes[stage][3]) for stage in stages]
 
 
-def context_size(encoder: nn.Module, image_size: int) -> tuple[int, list[int]]:
+def context_size(encoder: nn.Module, image_size: int, stages: Sequence[str] | None = None) -> tuple[int, list[int]]:
     """The larger image that an unpadded encoder needs to see an image with its real surroundings.
 
     Of an image of this size, the unpadded encoder's outputs, centre-cropped, have the sizes and the geometry that the
     padded encoder's have for the centre of ``image_size``: the same resolution, no padding.
 
     Args:
-        encoder: an encoder that :func:`~padprobe.set_padding` can change, with one or more (B, C, H, W) outputs.
+        encoder: an encoder that :func:`~padprobe.set_padding` can change.
         image_size: side of the padded encoder's image in pixels.
+        stages: the layers whose outputs are to be cropped. Default: the encoder's own (B, C, H, W) outputs.
 
     Returns:
         The side of the larger image, and the sides of the cropped outputs. VGG16 at 224: 404 and 224, 112, 56, 28, 14
-        (after the last pooling layer: 7).
+        (after the last pooling layer: 7). Crops are even on both sides, on whole cells.
 
     Raises:
         ValueError: where no size up to eight times ``image_size`` fits.
     """
+
+    def sides(trace: Trace) -> list[int]:
+        if stages is None:
+            return trace.sides
+        found = {call.layer: call.shape[-1] for call in trace.calls}
+        return [found[stage] for stage in stages]
+
     with as_built(encoder):
-        wanted = _forward_shapes(encoder, image_size)
+        wanted = sides(_forward_shapes(encoder, image_size))
     for size in range(image_size, 8 * image_size, 2):
         with as_built(encoder, "valid"):
             try:
                 found = _forward_shapes(encoder, size)
             except RuntimeError:
                 continue
-        surplus = [a - b for a, b in zip(found.sides, wanted.sides, strict=True)]
+        surplus = [a - b for a, b in zip(sides(found), wanted, strict=True)]
         if found.whole and all(n >= 0 and n % 2 == 0 for n in surplus):
-            return size, wanted.sides
+            return size, wanted
     raise ValueError(
         f"no image size up to {8 * image_size} px gives {type(encoder).__name__} without padding the maps that it has "
         f"with padding at {image_size} px"
@@ -163,10 +181,14 @@ class StageTap:
         encoder: the network to tap.
         stages: dotted layer names in ``encoder``.
         grid: side of the aligned maps in cells.
+        sides: centre-crop each stage to this side before it is resized (see :func:`context_size`).
     """
 
-    def __init__(self, encoder: nn.Module, stages: Sequence[str], grid: int) -> None:
+    def __init__(
+        self, encoder: nn.Module, stages: Sequence[str], grid: int, sides: Sequence[int] | None = None
+    ) -> None:
         self.grid = grid
+        self._sides = dict(zip(stages, sides, strict=True)) if sides else {}
         self.active = True
         self._caught: dict[str, Tensor] = dict.fromkeys(stages, torch.empty(0))
         self._handles = [encoder.get_submodule(stage).register_forward_hook(self._hook(stage)) for stage in stages]
@@ -175,7 +197,8 @@ class StageTap:
     def _hook(self, stage: str):
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
             if self.active:
-                self._caught[stage] = align(output, self.grid)
+                side = self._sides.get(stage, output.shape[-1])
+                self._caught[stage] = align(center_crop(output, side), self.grid)
 
         return keep
 
@@ -184,8 +207,8 @@ class StageTap:
         """Stages that have not arrived since the last :meth:`clear`."""
         return [stage for stage, features in self._caught.items() if not features.numel()]
 
-    def take(self) -> Tensor:
-        """The stages of the last forward pass side by side, (B, sum of C, grid, grid); forgets them.
+    def take(self, *more: Tensor) -> Tensor:
+        """The stages of the last forward pass side by side, (B, sum of C, grid, grid), then ``more``; forgets them.
 
         Raises:
             RuntimeError: naming the stages that the forward pass did not reach.
@@ -195,7 +218,7 @@ class StageTap:
                 f"the forward pass did not reach stage(s) {', '.join(self.missing)}; tap a network before it is "
                 "compiled or first run, and name only layers that every forward pass calls"
             )
-        features = torch.cat(list(self._caught.values()), dim=1)
+        features = torch.cat([*self._caught.values(), *more], dim=1)
         self.clear()
         return features
 
@@ -209,6 +232,12 @@ class StageTap:
         for handle in self._handles:
             handle.remove()
         self.clear()
+
+
+def center_crop(maps: Tensor, side: int) -> Tensor:
+    """The centre of maps (..., H, W): a view (..., side, side)."""
+    top, left = (maps.shape[-2] - side) // 2, (maps.shape[-1] - side) // 2
+    return maps[..., top : top + side, left : left + side]
 
 
 def align(features: Tensor, grid: int) -> Tensor:
@@ -237,6 +266,7 @@ def _trace(encoder: nn.Module, image_size: int) -> Trace:
 def _forward_shapes(encoder: nn.Module, image_size: int) -> Trace:
     """A forward pass on the meta device, where tensors have shapes but no data."""
     channels = next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), 3)
+    dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
     state = {k: v.detach().to("meta") for k, v in [*encoder.named_parameters(), *encoder.named_buffers()]}
     calls: list[Output] = []
     left_over: list[int] = []
@@ -256,7 +286,8 @@ def _forward_shapes(encoder: nn.Module, image_size: int) -> Trace:
     handles = [m.register_forward_hook(record(n, isinstance(m, nn.Conv2d))) for n, m in layers]
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
-            image = torch.empty(2, channels, image_size, image_size, device="meta", requires_grad=True)
+            shape = (2, channels, image_size, image_size)
+            image = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             copy = image.view_as(image)  # a node of its own, and in-place layers may write to it
             result = functional_call(encoder, state, (copy,))
     finally:

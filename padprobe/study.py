@@ -24,9 +24,10 @@ from torch.utils.data import Dataset
 
 from padprobe.callback import PositionProbeCallback
 from padprobe.encoders import find_encoder, load_encoder
+from padprobe.features import Progress
 from padprobe.fit import lightning_cli
 from padprobe.maps import TARGETS, position_maps
-from padprobe.probing import Progress, padding_of, probe_encoder
+from padprobe.probing import padding_of, probe_encoder
 from padprobe.results import COLUMNS, TRAJECTORY, Results, write_atomically
 from padprobe.stages import find_stages, stage_shapes
 from padprobe.stimuli import load_images
@@ -252,7 +253,8 @@ def _run(name: str, cell: Cell, study: Study, folder: Path, progress: Progress) 
         study.test,  # type: ignore[arg-type]
         targets=study.targets,
         image_size=study.image_size,
-        seed=cell.seed,
+        seeds=[cell.seed],
+        untrained=0,  # a study lists its own
         limit_train=study.limit_train,
         limit_test=study.limit_test,
         labels=labels,

@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from padprobe.encoders import load_encoder
 from padprobe.errors import check_name
 from padprobe.padding import list_padding
-from padprobe.stages import context_size, stage_shapes
+from padprobe.stages import center_crop, context_size, stage_shapes
 
 
 def _resize(maps: Tensor, side: int) -> Tensor:
     return F.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
-
-
-def _centre(maps: Tensor, side: int) -> Tensor:
-    top, left = ((n - side) // 2 for n in maps.shape[-2:])
-    return maps[..., top : top + side, left : left + side]
 
 
 class DenseNetwork(nn.Module):
@@ -70,9 +65,9 @@ class DenseNetwork(nn.Module):
                 f"the image is {image.shape[-2]} x {image.shape[-1]} px; this network needs {self.seen} px to score "
                 f"the central {self.image_size}: give the data more context, or use alignment 'stretch'"
             )
-        maps = self.encoder(_centre(image, self.seen))
+        maps = self.encoder(center_crop(image, self.seen))
         if self.sides:
-            maps = [_centre(features, side) for features, side in zip(maps, self.sides, strict=True)]
+            maps = [center_crop(features, side) for features, side in zip(maps, self.sides, strict=True)]
         grid = self.image_size // 2
         total = torch.zeros((), device=image.device)
         for lateral, m in zip(self.laterals, maps, strict=True):
@@ -97,7 +92,7 @@ class ClassificationNetwork(nn.Module):
         self.head = ClassificationHead(encoder.out_channels[-1], classes, dropout=0.0)  # type: ignore[index]
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.encoder(_centre(image, self.image_size))[-1])
+        return self.head(self.encoder(center_crop(image, self.image_size))[-1])
 
 
 def build_encoder(

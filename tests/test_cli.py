@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -35,11 +36,29 @@ def test_probe_writes_results_and_a_report(folder, capsys):
     assert probe(folder, "--limit-train", "8", "--limit-test", "4", "--targets", "H", "G") == 0
     results = Results.load(folder.parent / "out")
     assert set(results.rows.stimulus) == {"mine", "black", "white", "noise"}
-    assert set(results.rows.target) == {"H", "G"}
+    assert set(results.rows[results.rows.readout == "posenet"].target) == {"H", "G"}
     assert results.rows[results.rows.stimulus == "mine"].n.max() == 4
     printed = capsys.readouterr().out
     assert "report:" in printed
     assert (folder.parent / "out" / "report.html").is_file()
+
+
+def test_readouts_controls_and_processes_are_options(folder):
+    data = folder.parent / "weights.pth"
+    torch.save(load_encoder("torchvision:squeezenet1_1", seed=5).state_dict(), data)
+    more = ["--readout", "kernel_size=1,stages=f1", "--readout", "ridge,kernel_size=1", "--untrained", "2"]
+    assert probe(folder, "--weights", str(data), *more, "--devices", "2", "--strategy", "ddp_spawn") == 0
+    results = Results.load(folder.parent / "out")
+    rows = results.rows[results.rows.metric == "spc"]
+    assert set(rows.run) == {"squeezenet1_1-weights-zeros", "squeezenet1_1-untrained-zeros"}
+    assert set(rows[rows.run.str.contains("untrained")].seed) == {0, 1}
+    assert set(zip(rows.readout, rows.kernel_size, rows.stages, strict=True)) == {
+        *(("posenet", 3, stages) for stages in ("all", "rgb")),
+        *(("posenet", 1, stages) for stages in ("f1", "rgb")),
+        *(("ridge", 1, stages) for stages in ("all", "rgb")),
+    }
+    assert {"selectivity", "delta", "eta2"} <= set(results.rows.metric)
+    assert not list((folder.parent / "out").glob("padprobe-*"))  # no features are left behind
 
 
 def test_a_report_is_rebuilt_from_results_alone(folder, tmp_path, capsys):
@@ -58,6 +77,8 @@ def test_a_report_is_rebuilt_from_results_alone(folder, tmp_path, capsys):
         (["--test", "/no/such/folder"], "'/no/such/folder' is no folder"),
         (["--weights", "nothing.pth"], "unknown weights 'nothing.pth'"),
         (["--limit-train", "0"], "limit is 0"),
+        (["--readout", "kernel_size=2"], "kernel_size is 2"),
+        (["--readout", "stages=f9"], "unknown stage 'f9'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, options, message):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from padprobe import position_maps
-from padprobe.maps import TARGETS
+from padprobe import position_maps, spearman
+from padprobe.maps import TARGETS, shuffled, target_name
 
 
 def minmax(rows):
@@ -59,6 +59,41 @@ def test_oblong_maps_cover_both_axes():
     assert maps.shape == (5, 20, 50)
     assert maps.amin((1, 2)).eq(0).all()
     assert maps.amax((1, 2)).eq(1).all()
+
+
+def diagonal(y, x):
+    return x + 2 * y
+
+
+def test_any_function_of_the_coordinates_is_a_target():
+    maps = position_maps(30, ["H", diagonal])
+    assert target_name(diagonal) == "diagonal"
+    expected = (maps[0] + 2 * position_maps(30, ["V"])[0]) / 3
+    assert torch.allclose(maps[1], expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"target 'flat' gives values 0.0 to 0.0"):
+        position_maps(8, [flat])
+
+
+def flat(y, x):
+    return 0 * y
+
+
+@pytest.mark.parametrize("target", ["H", "G", diagonal])
+def test_a_shuffled_target_has_the_targets_cells_in_other_places(target):
+    """At the size of its cells no interpolation hides that it is a permutation."""
+    cells = 13
+    control = position_maps(cells, [shuffled(target, cells)])[0]
+    original = position_maps(cells, [target])[0]
+    assert torch.allclose(control.flatten().sort().values, original.flatten().sort().values, atol=1e-6)
+    assert abs(spearman(control, original)) < 0.3
+    assert target_name(shuffled(target, cells)).endswith(" shuffled")
+
+
+def test_all_targets_are_shuffled_alike_and_at_any_size_a_grid_of_cells_can_say_them():
+    h, v, both = position_maps(13, [shuffled(t, 13) for t in ("H", "V", diagonal)])
+    assert torch.allclose(both, (h + 2 * v) / 3, atol=1e-6)
+    large = position_maps(52, [shuffled("H", 13)])[0]
+    assert spearman(large, torch.nn.functional.interpolate(h[None, None], 52, mode="bilinear")[0, 0]) > 0.999
 
 
 def test_unknown_target_is_named():

@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 from padprobe import find_stages, set_padding
-from padprobe.padding import PADDING_MODES, as_built, list_padding
+from padprobe.padding import PADDING_MODES, as_built, list_padding, padding_reach
 from padprobe.stages import StageTap
 
 
@@ -115,3 +115,39 @@ def test_taps_do_not_keep_the_encoder_from_changing_its_padding():
     padded = tap.take()
     set_padding(encoder, "valid")(torch.rand(1, 3, 16, 16))
     assert tap.take().shape == padded.shape
+
+
+def test_the_cells_of_vgg16_that_padding_reaches_are_the_protocols():
+    encoder = torchvision.models.vgg16().eval()
+    reach = padding_reach(encoder, find_stages(encoder))
+    assert [round(100 * mask.float().mean().item(), 1) for mask in reach.values()] == [3.5, 10.4, 32.5, 67.3, 98.0]
+    assert not any(mask.any() for mask in padding_reach(set_padding(encoder, "valid"), find_stages(encoder)).values())
+
+
+@pytest.mark.parametrize("architecture", ["vgg11_bn", "resnet18", "regnet_y_400mf", "shufflenet_v2_x0_5"])
+def test_padding_reaches_the_cells_that_change_with_the_values_in_it(architecture):
+    """Independent of any geometry: pad with other values, and see what changes. (squeeze-excite is taken as local)"""
+    torch.manual_seed(0)
+    encoder = getattr(torchvision.models, architecture)(weights=None).eval()
+    for layer in encoder.modules():
+        if isinstance(layer, torchvision.ops.SqueezeExcitation):
+            layer.forward = lambda x: x
+    encoder.double()
+    stages = find_stages(encoder, 96)
+    image = torch.rand(1, 3, 96, 96, dtype=torch.float64) + 0.5
+    before, after = ({}, {})
+    for found, mode in ((before, "zeros"), (after, "circular")):
+        set_padding(encoder, mode)
+        hooks = [
+            encoder.get_submodule(s).register_forward_hook(lambda m, a, out, s=s, f=found: f.update({s: out.clone()}))
+            for s in stages
+        ]
+        with torch.no_grad():
+            encoder(image)
+        for hook in hooks:
+            hook.remove()
+    for stage, mask in padding_reach(encoder, stages, 96).items():
+        changed = ((before[stage] - after[stage]).abs() > 1e-13)[0].any(0)
+        assert not (changed & ~mask).any()
+        assert (changed & mask).sum() >= 0.95 * mask.sum()  # a max-pool or ReLU may hide a change
+    assert not any(module._forward_hooks for module in encoder.modules())

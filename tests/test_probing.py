@@ -1,8 +1,12 @@
+import functools
+
 import pytest
 import torch
+from lightning.fabric import Fabric
 
 from padprobe import load_encoder, probe_encoder
-from padprobe.results import COLUMNS, Results
+from padprobe.readout.variants import Readout
+from padprobe.results import COLUMNS, PROFILE, Results
 
 SMALL = {"image_size": 48, "grid": 14, "epochs": 8, "limit_train": 120, "limit_test": 40}
 
@@ -10,20 +14,23 @@ SMALL = {"image_size": 48, "grid": 14, "epochs": 8, "limit_train": 120, "limit_t
 @pytest.fixture(scope="module")
 def probed():
     """An untrained small VGG, with and without padding, read out on dead leaves."""
-    options = {"config": [8, "M", 16, 16, "M", 32], "out_channels": [8, 16, 32], "depth": 2, "batch_norm": True}
     found = {}
     for padding in ("zeros", "valid"):
-        encoder = load_encoder("smp:vgg11", padding=padding, options=options)
-        found[padding] = probe_encoder(encoder, labels={"run": padding}, **SMALL)
+        found[padding] = probe_encoder(small_vgg(padding), labels={"run": padding}, untrained=0, **SMALL)
     return found
 
 
-def value(results: Results, stimulus, target, metric="spc", stages="all"):
-    rows = results.rows
-    chosen = rows[
-        (rows.stimulus == stimulus) & (rows.target == target) & (rows.metric == metric) & (rows.stages == stages)
-    ]
-    assert len(chosen) == 1
+def small_vgg(padding="zeros", seed=0):
+    options = {"config": [8, "M", 16, 16, "M", 32], "out_channels": [8, 16, 32], "depth": 2, "batch_norm": True}
+    return load_encoder("smp:vgg11", padding=padding, seed=seed, options=options)
+
+
+def value(results: Results, stimulus, target, metric="spc", stages="all", **others):
+    wanted = {"stimulus": stimulus, "target": target, "metric": metric, "stages": stages, **others}
+    chosen = results.rows
+    for column, content in wanted.items():
+        chosen = chosen[chosen[column] == content]
+    assert len(chosen) == 1, (wanted, chosen)
     return chosen.value.item()
 
 
@@ -50,8 +57,9 @@ def test_rows_are_tidy(probed):
     assert tuple(rows.columns) == COLUMNS
     assert set(rows.padding) == {"zeros"}
     assert set(probed["valid"].rows.padding) == {"valid"}
-    assert set(rows.readout) == {"posenet"}
-    images = rows[rows.stimulus == "dead_leaves"]
+    assert set(rows.readout) == {"posenet", "variance"}
+    assert set(rows[rows.readout == "variance"].metric) == {"eta2", "reach"}
+    images = rows[(rows.stimulus == "dead_leaves") & (rows.readout == "posenet")]
     assert set(images.n) == {40}
     spc = images[images.metric == "spc"]
     assert ((spc.ci_low <= spc.value) & (spc.value <= spc.ci_high)).all()
@@ -74,9 +82,9 @@ def test_the_encoder_is_left_as_it_was_and_sees_every_image_once(vgg_options):
     )
     images = torch.rand(20, 3, 32, 32)
     test = {"a": images[:6], "black": "black"}
-    probe_encoder(encoder, images, test, image_size=32, grid=8, epochs=3, batch_size=8)
+    probe_encoder(encoder, images, test, image_size=32, grid=8, epochs=3, batch_size=8, untrained=0)
     handle.remove()
-    assert sum(seen) == 20 + 6 + 1
+    assert sum(seen) == 20 + 6 + 1 + 1  # the last to find the cells that padding reaches
     assert encoder.training
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
     assert not any(m._forward_hooks for m in encoder.modules())
@@ -87,7 +95,7 @@ def test_normalisation_is_that_of_imagenet(vgg_options):
     encoder = load_encoder("smp:vgg11", options=vgg_options)
     seen = []
     encoder.register_forward_pre_hook(lambda m, args: seen.append(args[0]) if not args[0].is_meta else None)
-    probe_encoder(encoder, images, {}, normalize=True, image_size=32, grid=8, epochs=1)
+    probe_encoder(encoder, images, {}, normalize=True, image_size=32, grid=8, epochs=1, untrained=0)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(seen[0], (images - mean[:, None, None]) / std[:, None, None], atol=1e-6)
 
@@ -112,6 +120,159 @@ def test_features_beyond_half_precision_are_refused(vgg_options):
         probe_encoder(encoder, torch.rand(4, 3, 32, 32), {}, image_size=32, grid=8, epochs=1)
 
 
+def test_images_of_another_size_are_named():
+    with pytest.raises(ValueError, match=r"has shape \(3, 32, 32\); expected \(3, 48, 48\) for image_size 48"):
+        probe_encoder(small_vgg(), torch.rand(4, 3, 32, 32), {}, image_size=48)
+
+
+TINY = {"image_size": 32, "grid": 8, "epochs": 2, "batch_size": 8, "limit_train": 25, "limit_test": 10}
+
+
+@pytest.fixture(scope="module")
+def several():
+    """Every kind of readout, two seeds, two untrained twins and the context control in one run."""
+    readouts = [Readout(), Readout(kernel_size=1), Readout("ridge", kernel_size=1), Readout(stages="each")]
+    more = [Readout(stages="f1+f3"), Readout(kernel_size=5, scale="paper"), Readout(depth=2, padding=1)]
+    arguments = {"readouts": readouts + more, "seeds": (0, 1), "untrained": 2, "context": True, **TINY}
+    return probe_encoder(small_vgg(), labels={"run": "vgg-random-zeros", "weights": "random"}, **arguments)
+
+
+def test_one_more_readout_or_seed_changes_no_result(several):
+    alone = probe_encoder(small_vgg(), readouts=[Readout(stages="f1+f3")], untrained=0, context=True, **TINY)
+    for target in ("H", "G", "VS"):
+        for stages in ("f1+f3", "rgb"):
+            expected = value(alone, "dead_leaves", target, stages=stages, padding="zeros")
+            same = {"stages": stages, "readout": "posenet", "kernel_size": 3, "depth": 1, "seed": 0}
+            assert value(several, "dead_leaves", target, run="vgg-random-zeros", **same) == expected
+
+
+def test_every_variant_is_there_with_its_control_and_nothing_twice(several):
+    rows = several.rows[several.rows.run == "vgg-random-zeros"]
+    keys = ["readout", "kernel_size", "depth", "head_padding", "stages", "seed", "stimulus", "target", "metric"]
+    assert not several.rows.duplicated(["run", *keys]).any()
+    trained = rows[(rows.metric == "spc") & (rows.seed == 1)]
+    found = set(
+        trained[["readout", "kernel_size", "depth", "head_padding", "stages"]].itertuples(index=False, name=None)
+    )
+    paper = ("posenet", 3, 1, 0)
+    expected = {(*paper, stages) for stages in ("all", "f1", "f2", "f3", "f1+f3", "rgb")}
+    others = [("posenet", 1, 1, 0), ("posenet, paper scale", 5, 1, 0), ("posenet", 3, 2, 1)]
+    assert found == expected | {(*other, stages) for other in others for stages in ("all", "rgb")}
+    ridge = rows[(rows.readout == "ridge") & (rows.metric == "spc")]
+    assert set(ridge.seed) == {0}  # there is nothing random in it
+    assert set(ridge.stages) == {"all", "rgb"}
+
+
+def test_delta_is_the_difference_from_the_mean_twin(several):
+    same = {"readout": "posenet", "kernel_size": 3, "depth": 1}
+    for target in ("H", "HS"):
+        for stages in ("all", "f2"):
+            mine = {"stages": stages, **same, "run": "vgg-random-zeros", "seed": 1}
+            twins = [
+                value(several, "dead_leaves", target, stages=stages, **same, run="vgg-untrained-zeros", seed=seed)
+                for seed in (0, 1)
+            ]
+            delta = value(several, "dead_leaves", target, "delta", **mine)
+            expected = value(several, "dead_leaves", target, **mine) - sum(twins) / 2
+            assert delta == pytest.approx(expected, abs=1e-6)
+    twin_rows = several.rows[several.rows.run == "vgg-untrained-zeros"]
+    assert set(twin_rows.weights) == set(twin_rows.task) == {"untrained"}
+    assert twins[0] != twins[1]
+
+
+def test_selectivity_is_what_a_readout_gets_right_beyond_a_permuted_target(several):
+    rows = several.rows[(several.rows.run == "vgg-random-zeros") & (several.rows.stimulus == "dead_leaves")]
+    spc = rows[(rows.metric == "spc") & (rows.stages == "all")].value
+    selectivity = rows[(rows.metric == "selectivity") & (rows.stages == "all")].value
+    assert len(spc) == len(selectivity)
+    ridge = {"readout": "ridge", "run": "vgg-random-zeros"}
+    chosen = [value(several, "dead_leaves", "H", metric, **ridge) for metric in ("spc", "selectivity")]
+    assert chosen[0] > 0.4
+    assert chosen[1] > 0.3
+
+
+def test_with_real_context_the_unpadded_encoder_reads_no_position(several):
+    run = {"run": "vgg-random-valid+context", "padding": "valid+context"}
+    for target in ("H", "V", "G"):
+        assert abs(value(several, "dead_leaves", target, readout="ridge", **run)) < 0.2
+        assert value(several, "dead_leaves", target, readout="ridge", run="vgg-random-zeros") > 0.35
+    assert value(several, "black", "H", "constant", readout="ridge", **run) == 1
+
+
+def test_eta_squared_needs_no_readout_and_finds_the_padding(several):
+    eta2 = {
+        run: value(several, "dead_leaves", "", "eta2", run=run)
+        for run in ("vgg-random-zeros", "vgg-random-valid+context")
+    }
+    assert eta2["vgg-random-zeros"] > 0.1
+    assert abs(eta2["vgg-random-valid+context"]) < 0.05
+    cells = several.maps["vgg-random-zeros/dead_leaves/f3/eta2"]
+    assert cells.mean() == pytest.approx(
+        value(several, "dead_leaves", "", "eta2", "f3", run="vgg-random-zeros"), abs=1e-6
+    )
+    reach = [value(several, "", "", "reach", f"f{i}", run="vgg-random-zeros") for i in (1, 2, 3)]
+    assert 0 < reach[0] < reach[1] < reach[2] <= 1
+
+
+def test_the_border_profile_is_tidy_and_adds_up(several):
+    profile = several.profile
+    assert tuple(profile.columns) == PROFILE
+    assert not profile.duplicated(
+        ["run", "seed", "readout", "stages", "stimulus", "target", "metric", "distance"]
+    ).any()
+    mine = profile[(profile.run == "vgg-random-zeros") & (profile.stimulus == "dead_leaves")]
+    mae = mine[(mine.metric == "mae") & (mine.target == "H")].sort_values("distance")
+    assert mae.distance.tolist() == [2.0, 6.0, 10.0, 14.0]
+    pixels = torch.tensor([448.0, 320.0, 192.0, 64.0])  # of the rings of 32 x 32
+    whole = (torch.tensor(mae.value.tolist()) * pixels).sum() / 1024
+    headline = {"readout": "posenet", "kernel_size": 3, "depth": 1, "run": "vgg-random-zeros", "seed": 0}
+    assert whole == pytest.approx(value(several, "dead_leaves", "H", "mae", **headline), abs=1e-5)
+
+
+def test_an_untrained_encoder_is_its_own_twin():
+    results = probe_encoder("torchvision:squeezenet1_1", targets=["H"], **{**TINY, "image_size": 64})
+    assert "delta" not in set(results.rows.metric)
+    assert results.rows.run.nunique() == 1
+
+
+def test_a_function_of_the_coordinates_is_a_target_like_any_other():
+    results = probe_encoder(small_vgg(), targets=["H", to_the_corner], untrained=0, **TINY)
+    assert set(results.rows.target) == {"H", "to_the_corner", ""}
+    assert value(results, "dead_leaves", "to_the_corner", "mae") > 0
+
+
+def to_the_corner(y, x):
+    return (x**2 + y**2).sqrt()
+
+
+def probe_here(fabric, readouts, cache_gb, folder):
+    results = probe_encoder(small_vgg(), readouts=readouts, untrained=1, cache_gb=cache_gb, fabric=fabric, **TINY)
+    if fabric.global_rank == 0:
+        results.save(folder)
+
+
+def test_two_processes_give_the_results_of_one(tmp_path):
+    """25 and 10 images: the shares differ in size. Ridge in closed form and by gradients, trained readouts, eta2."""
+    readouts = [Readout(), Readout("ridge", kernel_size=1), Readout("ridge", kernel_size=7)]
+    found = []
+    for devices, cache_gb in ((1, 8.0), (2, 0.0)):
+        work = functools.partial(probe_here, readouts=readouts, cache_gb=cache_gb, folder=tmp_path / str(devices))
+        Fabric(accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto").launch(work)
+        found.append(Results.load(tmp_path / str(devices)))
+    one, both = found
+    keys = ["run", "readout", "kernel_size", "stages", "seed", "stimulus", "target", "metric"]
+    for ours, theirs in ((one.rows, both.rows), (one.profile, both.profile)):
+        if "distance" in ours:
+            keys = [*keys, "distance"]
+        joined = ours.merge(theirs, on=keys, how="outer", suffixes=("", "_both"), indicator=True)
+        assert (joined["_merge"] == "both").all()
+        assert (joined.n.fillna(0) == joined.n_both.fillna(0)).all()
+        assert (joined.value - joined.value_both).abs().max() < 2e-3
+        exact = joined[joined.metric.isin(["eta2", "reach", "constant"])]
+        assert (exact.value - exact.value_both).abs().max() < 1e-6
+    assert one.maps.keys() == both.maps.keys()
+
+
 @pytest.mark.slow
 def test_real_vgg16_reads_out_as_the_paper_says_and_less_without_padding(data):
     """60 images and three epochs are few: the order is what must hold."""
@@ -125,6 +286,7 @@ def test_real_vgg16_reads_out_as_the_paper_says_and_less_without_padding(data):
             {"PASCAL-S": data / "PASCAL-S" / "images"},
             limit_train=60,
             limit_test=16,
+            untrained=0,
         )
         scores[padding] = {t: value(results, "PASCAL-S", t) for t in ("H", "V", "G")}
     assert all(score > 0.4 for score in scores["zeros"].values())

@@ -11,7 +11,8 @@ def results(run="a", value=0.5):
     trajectory = pd.DataFrame(
         [{"run": run, "task": "", "padding": "", "step": 1, "target": "H", "metric": "spc", "value": 0.1}]
     )
-    return Results(rows, trajectory, {f"{run}/black/H/error": np.ones((4, 4), np.float32)})
+    profile = pd.DataFrame([{"run": run, "target": "H", "distance": 4.0, "metric": "mae", "value": 0.2}])
+    return Results(rows, trajectory, {f"{run}/black/H/error": np.ones((4, 4), np.float32)}, profile)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
@@ -21,6 +22,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert loaded.rows.weights.tolist() == [""]
     assert loaded.rows.ci_low.isna().all()
     assert loaded.trajectory.value.tolist() == [0.1]
+    assert loaded.profile.distance.tolist() == [4.0]
     assert np.array_equal(loaded.maps["a/black/H/error"], np.ones((4, 4)))
 
 
@@ -28,6 +30,7 @@ def test_results_join(tmp_path):
     joined = Results.join([results("a"), Results(), results("b", 0.25)])
     assert joined.rows.run.tolist() == ["a", "b"]
     assert joined.trajectory.run.tolist() == ["a", "b"]
+    assert joined.profile.run.tolist() == ["a", "b"]
     assert set(joined.maps) == {"a/black/H/error", "b/black/H/error"}
 
 

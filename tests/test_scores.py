@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
 
 from padprobe import position_maps, spearman
-from padprobe.scores import PositionScores, constant_error, is_constant, summarize
+from padprobe.scores import BorderProfile, PositionScores, constant_error, is_constant, rings, summarize
 
 few_values = st.sampled_from([-2.5, -1.0, 0.0, 1.0, 3.0])  # many ties, and often a constant
 values = st.floats(-1e6, 1e6, width=32)
@@ -124,3 +124,45 @@ def test_summary_means_over_images_with_an_interval_around_them():
     assert row["n"] == 400
     assert rows["constant", "V"]["value"] == 400
     assert np.isnan(summarize({"spc": torch.ones(1, 1)}, ["H"])[0]["ci_low"])
+
+
+def test_the_interval_is_scipys_bootstrap():
+    values = np.random.default_rng(3).gamma(2.0, size=(60, 2))
+    expected = bootstrap((values,), np.mean, axis=0, method="percentile", rng=1).confidence_interval
+    rows = summarize({"mae": torch.from_numpy(values)}, ["H", "V"])
+    for i, row in enumerate(rows):
+        width = expected.high[i] - expected.low[i]
+        assert row["ci_low"] == pytest.approx(expected.low[i], abs=0.08 * width)
+        assert row["ci_high"] == pytest.approx(expected.high[i], abs=0.08 * width)
+
+
+def test_rings_are_the_pixels_by_their_distance_to_the_nearest_border():
+    found = rings(12, 9, 2.0)
+    assert sorted(torch.cat(found).tolist()) == list(range(108))
+    for i, ring in enumerate(found):
+        for pixel in ring.tolist():
+            y, x = divmod(pixel, 9)
+            assert 2 * i <= min(y, x, 11 - y, 8 - x) < 2 * (i + 1)
+
+
+def test_the_border_profile_finds_where_the_map_is_right():
+    """A prediction that knows H in the outermost two rings and nothing inside them."""
+    target = position_maps(32, ["H", "G"])
+    prediction = torch.rand(6, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    y, x = torch.arange(32)[:, None], torch.arange(32)[None, :]
+    distance = torch.minimum(torch.minimum(y, 31 - y), torch.minimum(x, 31 - x))
+    prediction[:, 0, distance < 8] = target[0, distance < 8]
+    profile = BorderProfile(target, 4.0)
+    scores = profile.score(prediction)
+    assert profile.distances == [2.0, 6.0, 10.0, 14.0]
+    assert scores["spc"].shape == (6, 2, 4)
+    assert torch.allclose(scores["spc"][:, 0, :2], torch.ones(6, 2))
+    assert torch.allclose(scores["mae"][:, 0, :2], torch.zeros(6, 2), atol=1e-6)
+    assert scores["spc"][:, 0, 2:].abs().mean() < 0.2
+    assert scores["mae"][:, 0, 2:].min() > 0.15
+    for ring, (low, high) in enumerate([(0, 4), (4, 8), (8, 12), (12, 16)]):
+        where = (low <= distance) & (distance < high)
+        expected = spearmanr(prediction[3, 1, where].numpy(), target[1, where].numpy()).statistic
+        assert scores["spc"][3, 1, ring] == pytest.approx(expected, abs=1e-6)
+    constant = profile.score(target.mean((1, 2))[None, :, None, None] + 1e-9 * prediction)
+    assert constant["spc"].abs().max() == 0

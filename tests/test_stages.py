@@ -6,7 +6,8 @@ import torchvision
 from torch import nn
 
 from padprobe import find_stages, set_padding
-from padprobe.stages import StageTap, align, context_size, smallest_image, stage_shapes
+from padprobe.padding import as_built, padding_reach
+from padprobe.stages import StageTap, align, center_crop, context_size, paper_stages, smallest_image, stage_shapes
 
 
 def test_vgg16_stages_are_the_papers():
@@ -133,3 +134,53 @@ def test_the_context_that_vgg16_needs_is_the_protocols():
 def test_context_is_not_to_be_had_for_a_network_that_cannot_be_unpadded():
     with pytest.raises(ValueError, match="no image size up to 512 px"):
         context_size(torchvision.models.resnet18(), 64)
+
+
+def test_the_papers_stages_of_a_resnet_are_its_four_blocks():
+    assert paper_stages(torchvision.models.resnet152()) == ["layer1", "layer2", "layer3", "layer4"]
+    vgg = torchvision.models.vgg16()
+    assert paper_stages(vgg) == find_stages(vgg)
+
+
+@pytest.mark.parametrize(("weights", "size"), [(None, 96), ("real", 224)])
+def test_with_real_context_an_unpadded_vgg16_agrees_wherever_padding_does_not_reach(weights, size, request):
+    """Same resolution, same geometry: the crops fall on whole cells."""
+    torch.manual_seed(0)
+    encoder = torchvision.models.vgg16().eval()
+    if weights:
+        data = request.getfixturevalue("data")
+        state = torch.load(data / "weights" / "vgg16_imagenet_features.pth", weights_only=True)
+        encoder.load_state_dict(state, strict=False)
+    stages = find_stages(encoder)
+    shown, sides = context_size(encoder, size, stages)
+    if size == 224:
+        assert (shown, sides) == (404, [224, 112, 56, 28, 14])
+        full = [height for _, height, _ in stage_shapes(set_padding(encoder, "valid"), stages, shown)]
+        assert [(a - b) // 2 for a, b in zip(full, sides, strict=True)] == [88, 42, 18, 6, 0]
+        set_padding(encoder, "zeros")
+    image = torch.rand(1, 3, shown, shown)
+    padded = features(encoder, stages, center_crop(image, size))
+    reach = padding_reach(encoder, stages, size)
+    with as_built(encoder, "valid"):
+        unpadded = features(encoder, stages, image)
+    for stage, side in zip(stages, sides, strict=True):
+        a, b = padded[stage], center_crop(unpadded[stage], side)
+        assert a.shape == b.shape
+        scale = a.abs().max()
+        inside = ~reach[stage]
+        assert inside.any() or stage in stages[3 if size < 224 else 4 :]
+        assert ((a - b)[..., inside].abs() <= 1e-4 * scale).all()
+        assert ((a - b)[..., reach[stage]].abs() > 1e-4 * scale).any()
+
+
+def features(encoder, stages, image):
+    found = {}
+    hooks = [
+        encoder.get_submodule(s).register_forward_hook(lambda m, args, out, s=s: found.update({s: out.clone()}))
+        for s in stages
+    ]
+    with torch.no_grad():
+        encoder(image)
+    for hook in hooks:
+        hook.remove()
+    return found

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from padprobe.maps import TARGETS, position_maps
+from padprobe.features import FeatureCache, Progress
+from padprobe.maps import TARGETS, Target, position_maps, target_name
 
 
 class PosENet(nn.Module):
@@ -21,13 +24,14 @@ class PosENet(nn.Module):
 
     Args:
         in_channels: channels of all stages together (1472 for VGG16; 3 for the RGB image alone, the paper's "PosENet").
-        targets: position maps to predict, out of ``H, V, G, HS, VS``.
+        targets: position maps to predict, see :func:`~padprobe.position_maps`.
         kernel_size: of every convolution; odd.
         depth: number of convolutions.
         padding: zero padding of the convolutions (the paper's table 4 gives PosENet 0, 1 and 2).
         grid: side of the aligned features in cells.
         size: height and width of the maps in pixels.
         seed: of the initial weights.
+        scale: of the maps, see :func:`~padprobe.position_maps`.
 
     Raises:
         ValueError: for an unknown target, an even kernel, or a kernel and depth that leave nothing of the grid.
@@ -38,34 +42,26 @@ class PosENet(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        targets: Sequence[str] = TARGETS,
+        targets: Sequence[Target] = TARGETS,
         kernel_size: int = 3,
         depth: int = 1,
         padding: int = 0,
         grid: int = 28,
         size: int = 224,
         seed: int = 0,
+        scale: Literal["unit", "paper"] = "unit",
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}; expected an odd number such as 1, 3, 5 or 7")
-        if depth < 1 or padding < 0:
-            raise ValueError(f"depth is {depth} and padding {padding}; expected depth >= 1 and padding >= 0")
-        side = grid + depth * (2 * padding - kernel_size + 1)
-        if side < 2:
-            raise ValueError(
-                f"{depth} convolution(s) of size {kernel_size} with padding {padding} leave {side} cells of a grid of "
-                f"{grid}: use a larger grid, a smaller kernel_size or more padding"
-            )
+        side = readout_side(kernel_size, depth, padding, grid)
         self.targets = tuple(targets)
         self.kernel_size, self.depth, self.padding = kernel_size, depth, padding
         self.grid, self.size = grid, size
-        self.register_buffer("maps", position_maps(size, targets), persistent=False)
+        self.register_buffer("maps", position_maps(size, targets, scale), persistent=False)
 
         self.hidden = nn.ModuleList()
         weights = []
         for target in targets:
-            generator = torch.Generator().manual_seed(1000 * seed + TARGETS.index(target))
+            generator = torch.Generator().manual_seed(1000 * seed + _stream(target))
             layers: list[nn.Module] = []
             for _ in range(depth - 1):
                 conv = nn.utils.skip_init(nn.Conv2d, in_channels, in_channels, kernel_size, padding=padding)
@@ -118,6 +114,30 @@ class PosENet(nn.Module):
         return (quadratic - 2 * cross + constant).mean(0) / self.size**2
 
 
+def readout_side(kernel_size: int = 3, depth: int = 1, padding: int = 0, grid: int = 28) -> int:
+    """Side of the map that a readout predicts, in cells, before it is upsampled.
+
+    Raises:
+        ValueError: for an even kernel, or a kernel and depth that leave nothing of the grid.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; expected an odd number such as 1, 3, 5 or 7")
+    if depth < 1 or padding < 0:
+        raise ValueError(f"depth is {depth} and padding {padding}; expected depth >= 1 and padding >= 0")
+    side = grid + depth * (2 * padding - kernel_size + 1)
+    if side < 2:
+        raise ValueError(
+            f"{depth} convolution(s) of size {kernel_size} with padding {padding} leave {side} cells of a grid of "
+            f"{grid}: use a larger grid, a smaller kernel_size or more padding"
+        )
+    return side
+
+
+def _stream(target: Target) -> int:
+    """The number of a target's own random stream."""
+    return TARGETS.index(target) if target in TARGETS else 5 + zlib.crc32(target_name(target).encode())
+
+
 def _conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
     """``F.conv2d(features, weight, padding=padding)`` for a handful of output channels, several times faster.
 
@@ -135,3 +155,53 @@ def _conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
 def make_optimizer(readout: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
     """The paper's optimizer for a readout: SGD, momentum .9, weight decay 1e-4 (section 3.2; lr from the code)."""
     return torch.optim.SGD(readout.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def train_readouts(
+    readouts: Mapping[Key, PosENet],
+    cache: FeatureCache,
+    select: Callable[[Key, Tensor], Tensor],
+    epochs: int = 15,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Trains readouts side by side on features that were computed once, in place, and leaves them in evaluation mode.
+
+    Each has its own optimizer and its own random stream, so that none changes another's result.
+
+    Args:
+        readouts: by any key.
+        cache: the features of all images.
+        select: called with (key, features (B, width, grid, grid)): what that readout reads of them.
+        epochs: passes over the features.
+        batch_size: images a step.
+        seed: of the order of images, which all readouts share.
+        progress: called with ("readouts", steps done, steps in all).
+
+    Source: paper, section 3.2: SGD, 15 epochs; the authors' code: rate .1, a tenth of that from epoch 10 on.
+    """
+    device = next(iter(readouts.values())).weight.device
+    optimizers = {key: make_optimizer(readout.train()) for key, readout in readouts.items()}
+    generator = torch.Generator().manual_seed(seed)
+    steps = [
+        order for _ in range(epochs) for order in torch.randperm(len(cache), generator=generator).split(batch_size)
+    ]
+    slow = 2 * len(steps) // 3
+    buffer = cache.buffer(batch_size, device)
+    for step, order in enumerate(steps):
+        features = cache.read(order, buffer)
+        for key, readout in readouts.items():
+            optimizer = optimizers[key]
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 if step < slow else 0.01
+            optimizer.zero_grad()
+            readout.loss(select(key, features)).sum().backward()
+            optimizer.step()
+        if progress:
+            progress("readouts", step + 1, len(steps))
+    for readout in readouts.values():
+        readout.eval()

@@ -3,9 +3,15 @@ import torch
 import torch.nn.functional as F
 
 from padprobe import PosENet
+from padprobe.features import FeatureCache
 from padprobe.maps import TARGETS
-from padprobe.probing import train_readouts
-from padprobe.readout.posenet import make_optimizer
+from padprobe.readout.posenet import make_optimizer, train_readouts
+
+
+def cached(features: torch.Tensor) -> FeatureCache:
+    cache = FeatureCache(len(features), features.shape[1], features.shape[2], 8.0, None, torch.device("cpu"))
+    cache.write(torch.arange(len(features)), features)
+    return cache
 
 
 def literal(readout: PosENet, features: torch.Tensor) -> torch.Tensor:
@@ -51,7 +57,7 @@ def test_the_paper_readout_has_the_papers_shapes():
 def trained(targets, depth=1, seed=0):
     features = torch.rand(20, 6, 12, 12, generator=torch.Generator().manual_seed(1))
     readout = PosENet(6, targets, depth=depth, grid=12, size=24, seed=seed)
-    train_readouts({"all": readout}, {"all": features}, epochs=2, batch_size=8)
+    train_readouts({"all": readout}, cached(features), lambda key, batch: batch, epochs=2, batch_size=8)
     return dict(zip(targets, readout(features).unbind(1), strict=True))
 
 
@@ -60,6 +66,48 @@ def test_a_further_target_changes_no_other_targets_result(depth):
     alone, together = trained(["G"], depth), trained(["H", "VS", "G"], depth)
     assert torch.allclose(alone["G"], together["G"], atol=1e-5)
     assert not torch.allclose(trained(["G"], depth, seed=1)["G"], alone["G"], atol=1e-3)
+
+
+def test_one_more_readout_changes_no_other_readouts_result():
+    features = torch.rand(20, 6, 12, 12, generator=torch.Generator().manual_seed(1))
+
+    def train(*kernel_sizes):
+        readouts = {k: PosENet(6, ["G"], k, grid=12, size=24) for k in kernel_sizes}
+        train_readouts(readouts, cached(features), lambda key, batch: batch, epochs=2, batch_size=8)
+        return readouts[3](features)
+
+    assert torch.equal(train(3), train(5, 3, 1))
+
+
+def test_training_is_the_literal_loop():
+    """Plain torch layers, upsampled to full size, torch's SGD: the same predictions after some epochs."""
+    features = torch.rand(24, 5, 12, 12, generator=torch.Generator().manual_seed(2)).half().float()
+    readout = PosENet(5, ["H", "VS"], grid=12, size=24)
+    networks = []
+    for t in range(2):
+        conv, norm = torch.nn.Conv2d(5, 1, 3), torch.nn.BatchNorm2d(1)
+        conv.weight.data.copy_(readout.weight[t : t + 1])
+        conv.bias.data.zero_()
+        up = torch.nn.Upsample(24, mode="bilinear", align_corners=False)
+        networks.append(torch.nn.Sequential(conv, norm, torch.nn.Sigmoid(), up))
+    train_readouts({0: readout}, cached(features), lambda key, batch: batch, epochs=6, batch_size=8, seed=3)
+
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(24, generator=generator) for _ in range(6)]
+    for t, network in enumerate(networks):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        for epoch, order in enumerate(orders):
+            optimizer.param_groups[0]["lr"] = 0.1 if epoch < 4 else 0.01
+            for batch in order.split(8):
+                optimizer.zero_grad()
+                (network(features[batch])[:, 0] - readout.maps[t]).square().mean().backward()
+                optimizer.step()
+        with torch.no_grad():
+            assert torch.allclose(network.eval()(features)[:, 0], readout(features)[:, t], atol=1e-4)
+
+
+def test_the_papers_scale_asks_for_stripes_on_minus_one_to_one():
+    assert PosENet(3, scale="paper").maps.amin((1, 2)).tolist() == [0, 0, 0, -1, -1]
 
 
 def test_building_a_readout_draws_no_global_random_number():
@@ -74,7 +122,7 @@ def test_training_finds_a_position_signal_and_only_where_there_is_one():
     noise = torch.randn(64, 3, 16, 16, generator=generator)
     with_signal = torch.cat([noise, x + 0.3 * torch.randn(64, 1, 16, 16, generator=generator)], dim=1)
     readouts = {name: PosENet(c, ["H"], grid=16, size=32) for name, c in (("all", 4), ("rgb", 3))}
-    train_readouts(readouts, {"all": with_signal, "rgb": noise}, epochs=60)
+    train_readouts(readouts, cached(with_signal), lambda key, batch: batch if key == "all" else batch[:, :3], epochs=60)
     from padprobe import spearman
 
     def score(name, features):

@@ -81,6 +81,7 @@ def test_the_images_are_stationary_at_every_setting(position_dependence):
         stages=["0"],
         image_size=48,
         grid=14,
+        untrained=0,
     ).rows
     spc = results[(results.stages == "rgb") & (results.metric == "spc")]
     assert len(spc) == 5

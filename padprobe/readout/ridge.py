@@ -1,0 +1,376 @@
+"""A readout in closed form: ridge regression from features to position maps, without a learning rate.
+
+It takes the place of f_pem in the paper's section 3.1; ridge regression is ours. Two ways to the same weights: by the
+Gram matrix, gathered in one pass over images that need not be kept (:class:`RidgeStatistics`, :func:`solve`), or, where
+:func:`gram_gb` says that the matrix is too large, by conjugate gradients on kept features
+(:func:`solve_by_gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from padprobe.readout.posenet import _conv_few
+
+LAMBDAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Penalties to choose from: what is added to each eigenvalue of the features' correlation matrix (in float32's products
+over a few images these are known to about 1e-6)."""
+
+GRAM_LIMIT_GB = 0.1
+"""Above this (d of 2,500), prefer :func:`solve_by_gradients`: the products cost more than a VGG16 pass by then."""
+
+CONSTANT_SD = 1e-5
+"""A feature whose sd is under this fraction of its root mean square counts as constant (rounding) and gets weight 0."""
+
+TINY = torch.finfo(torch.float64).tiny
+
+
+def gram_gb(in_channels: int, kernel_size: int) -> float:
+    """GB (1e9 bytes) of the Gram matrices of :class:`RidgeStatistics`: 16 d^2 bytes for d = C * k * k features.
+
+    .035 for VGG16 at kernel 1 and 2.8 at kernel 3. :func:`solve` needs up to three times as much again, and time as
+    d^3; an update takes cells * d^2 multiplications an image.
+    """
+    return 2 * 8 * (in_channels * kernel_size**2) ** 2 / 1e9
+
+
+class RidgeStatistics(Metric):
+    """All that ridge regression needs to know of the features, streamed over batches and summed across processes.
+
+    ``update`` takes features of shape (B, C, grid, grid) and ``held_out``, bool (B,): the images on which lambda is
+    chosen. With side = grid - kernel_size + 1 and d = C * kernel_size^2, ``compute`` gives a dictionary of the states,
+    float64; index 0 is of the images to fit, 1 of those held out:
+
+    - ``gram`` (2, d, d): sum of x x' over images and cells;
+    - ``sums`` (2, d, side * side): sum of x over images, cell by cell. Serves any target: X't = sums @ t;
+    - ``images`` (2,): how many.
+
+    Each image's Gram matrix is computed on its own, in the features' precision, about the image's means, and added in
+    float64: batch size and order of images change nothing beyond float64's rounding.
+
+    Args:
+        in_channels: C, channels of all stages together.
+        kernel_size: side of the neighbourhood that a cell is read from; odd.
+        grid: side of the aligned features in cells.
+
+    Raises:
+        ValueError: for an even kernel or one that leaves nothing of the grid; in ``update``, for other shapes.
+    """
+
+    full_state_update = False
+    gram: Tensor
+    sums: Tensor
+    images: Tensor
+
+    def __init__(self, in_channels: int, kernel_size: int = 1, grid: int = 28) -> None:
+        super().__init__()
+        side = _side(kernel_size, grid)
+        self.in_channels, self.kernel_size, self.grid = in_channels, kernel_size, grid
+        d = in_channels * kernel_size**2
+        for name, shape in (("gram", (2, d, d)), ("sums", (2, d, side**2)), ("images", (2,))):
+            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, held_out: Tensor) -> None:
+        _check(features, held_out, self.in_channels, self.grid)
+        with torch.autocast(features.device.type, enabled=False):  # would halve the products' precision
+            for i, part in enumerate(held_out.int().tolist()):
+                image = features[i : i + 1].to(torch.promote_types(features.dtype, torch.float32))
+                x = F.unfold(image, self.kernel_size)[0]  # (d, cells), ordered as (C, k, k)
+                mean = x.mean(1, dtype=torch.float64)
+                centred = x - mean.to(x.dtype)[:, None]
+                self.gram[part] += centred @ centred.T
+                self.gram[part].addr_(mean, mean, alpha=x.shape[1])
+                self.sums[part] += x
+                self.images[part] += 1
+
+    def compute(self) -> dict[str, Tensor]:
+        return {"gram": self.gram, "sums": self.sums, "images": self.images}
+
+
+class RidgeReadout(nn.Module):
+    """Predicts position maps by one linear convolution without padding, then bilinear upsampling: no sigmoid, no clamp.
+
+    Made by :func:`solve` and :func:`solve_by_gradients`; nothing in it is trained.
+
+    Args:
+        targets: names of the maps, T of them.
+        maps: the maps, (T, size, size).
+        weight: (T, C, k, k), of features as they come (not standardised).
+        bias: (T,).
+        grid: side of the aligned features in cells.
+        lam: the penalty of each target.
+
+    Source: paper, section 3.1, for the readout's place; ridge is ours.
+    """
+
+    depth, padding = 1, 0
+    maps: Tensor
+    weight: Tensor
+    bias: Tensor
+    up: Tensor
+
+    def __init__(
+        self, targets: Sequence[str], maps: Tensor, weight: Tensor, bias: Tensor, grid: int, lam: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.targets, self.lam = tuple(targets), tuple(lam)
+        self.kernel_size, self.grid, self.size = weight.shape[-1], grid, maps.shape[-1]
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("maps", maps.to(weight), persistent=False)
+        side = _side(self.kernel_size, grid)
+        up = F.interpolate(torch.eye(side)[None], size=self.size, mode="linear", align_corners=False)[0].T
+        self.register_buffer("up", up.to(weight), persistent=False)  # (size, side)
+
+    def predict_small(self, features: Tensor) -> Tensor:
+        """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side)."""
+        return _conv_few(features, self.weight, 0) + self.bias[:, None, None]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predicted position maps: (B, C, grid, grid) -> (B, T, size, size)."""
+        return self.up @ self.predict_small(features) @ self.up.T
+
+
+@torch.no_grad()
+def solve(
+    statistics: RidgeStatistics, targets: Sequence[str], maps: Tensor, lambdas: Sequence[float] = LAMBDAS
+) -> RidgeReadout:
+    """The ridge readout of each target: its penalty chosen on the held-out images, its weights fitted on all images.
+
+    Minimises, over images and cells, mean squared error + lambda |w|^2, where w are the weights of features with mean 0
+    and sd 1 (a constant feature gets 0) and the intercept is free. The target of a cell is the mean of the map over it.
+
+    Args:
+        statistics: of the images; their sum over processes is used.
+        targets: names of the maps, T of them.
+        maps: (T, size, size).
+        lambdas: penalties to choose from, each above 0.
+
+    Raises:
+        ValueError: without images to fit or held-out images, for features that are not finite, maps that are not one
+            square a target, or bad ``lambdas``.
+
+    Source: paper, section 3.1, for the readout's place; ridge is ours.
+    """
+    state = statistics.compute()
+    gram, sums, images = state["gram"], state["sums"], state["images"]
+    _check_images(images.tolist(), sums)
+    penalties = _penalties(lambdas, gram.device)
+    side = _side(statistics.kernel_size, statistics.grid)
+    target = _cells(targets, maps.to(gram), side).flatten(1)  # (T, cells)
+    level = target.mean(1)
+    deviation = target - level[:, None]  # sums to 0, so features need no centring against it
+
+    # The eigendecomposition of the correlation matrix serves every target and lambda. Its weights are judged on the
+    # held-out images, standardised as the images to fit are: error = w' XX w - 2 w' Xt (+ t't, the same for all).
+    count = images * side**2
+    mean, inverse_sd, correlation = _standardised(gram[0], sums[0], count[0])
+    cross = deviation @ sums[0].T / count[0] * inverse_sd  # (T, d)
+    raw = _ridge(correlation, cross, penalties.expand(len(maps), -1)) * inverse_sd  # (T, L, d)
+    outer = sums[1].sum(1) / count[1]
+    moment = (gram[1] / count[1]).addr_(outer, outer, alpha=-1).addr_(outer - mean, outer - mean)
+    error = (raw @ moment - 2 * (deviation @ sums[1].T / count[1])[:, None]).mul_(raw).sum(2)  # (T, L)
+    lam = penalties[error.argmin(1)]
+    del moment, correlation
+
+    mean, inverse_sd, correlation = _standardised(gram.sum(0), sums.sum(0), count.sum())
+    cross = deviation @ sums.sum(0).T / count.sum() * inverse_sd
+    weight = (_ridge(correlation, cross, lam[:, None])[:, 0] * inverse_sd).float()
+    bias = (level - weight.double() @ mean).float()
+    k = statistics.kernel_size
+    weight = weight.reshape(len(maps), statistics.in_channels, k, k)
+    return RidgeReadout(targets, maps, weight, bias, statistics.grid, lam.tolist())
+
+
+@torch.no_grad()
+def solve_by_gradients(
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    in_channels: int,
+    targets: Sequence[str],
+    maps: Tensor,
+    kernel_size: int = 3,
+    grid: int = 28,
+    lambdas: Sequence[float] = LAMBDAS,
+    iterations: int = 30,
+    device: str | torch.device = "cpu",
+) -> RidgeReadout:
+    """The readout of :func:`solve` by conjugate gradients, for features too many for a Gram matrix.
+
+    Fitted on the images to fit alone: the held-out images choose lambda and are not used again. An iteration is one
+    sweep over the features (about as long as an epoch of PosENet's training) for all targets and lambdas; two more
+    sweeps come first and last. Stops early at a relative residual of 1e-8; few iterations act as a penalty of their
+    own, so small lambdas may give nearly the same readout. The features are read, never copied, in float32.
+
+    Args:
+        batches: each call iterates anew over (features (B, C, grid, grid), held_out (B,) bool).
+        in_channels, kernel_size, grid: as in :class:`RidgeStatistics`.
+        targets, maps, lambdas: as in :func:`solve`.
+        iterations: at most so many.
+        device: where to compute; the batches are moved there.
+
+    Raises:
+        ValueError: as :func:`solve` and :class:`RidgeStatistics` do.
+
+    Source: B. Jegerlehner, Krylov space solvers for shifted linear systems, 1996 (hep-lat/9612014).
+    """
+    side, device, k = _side(kernel_size, grid), torch.device(device), kernel_size
+    penalties = _penalties(lambdas, device)
+
+    def sweep() -> Iterator[tuple[Tensor, Tensor]]:
+        for features, held_out in batches():
+            _check(features, held_out, in_channels, grid)
+            yield features.to(device, torch.float32), held_out.to(device)
+
+    def convolve(features: Tensor, weights: Tensor) -> Tensor:
+        return _conv_few(features, weights.float().reshape(-1, in_channels, k, k), 0)
+
+    # Means, sds and X't of every tap's window follow from sums over images, cell by cell.
+    sums, squares = torch.zeros(2, 2, in_channels, grid, grid, dtype=torch.float64, device=device)  # [1]: held out
+    images = [0, 0]
+    target = _cells(targets, maps.to(sums), side)  # (T, side, side)
+    level = target.mean((1, 2))
+    for features, held_out in sweep():
+        for values, part in zip(features, held_out.int().tolist(), strict=True):
+            image = values.double()
+            sums[part] += image
+            squares[part].addcmul_(image, image)
+            images[part] += 1
+    _check_images(images, sums)
+    count, ones = images[0] * side**2, torch.ones_like(target[None, :1])
+    mean = _correlate(sums[:1], ones, k)[0] / count  # (d,)
+    inverse_sd = _inverse_sd(mean, _correlate(squares[:1], ones, k)[0] / count)
+    cross = _correlate(sums[:1], (target - level[:, None, None])[None], k) / count * inverse_sd  # (T, d)
+
+    def apply(vectors: Tensor) -> Tensor:
+        """Vectors (T, d) times the correlation matrix of the features."""
+        raw = vectors * inverse_sd
+        offset = (raw @ mean).float()[:, None, None]
+        product, total = torch.zeros_like(raw), torch.zeros_like(level)
+        for features, held_out in sweep():
+            if not held_out.all():
+                prediction = (convolve(features, raw) - offset) * ~held_out[:, None, None, None]
+                product += _correlate(features, prediction, k)
+                total += prediction.sum((0, 2, 3), dtype=torch.float64)
+        return (product - total[:, None] * mean) * inverse_sd / count
+
+    weight = (_shifted_gradients(apply, cross, penalties, iterations) * inverse_sd).float()  # (T, L, d)
+    bias = (level[:, None] - weight.double() @ mean).float()
+    error = torch.zeros_like(bias, dtype=torch.float64)  # squared error on held-out images
+    for features, held_out in sweep():
+        for i in held_out.nonzero().flatten().tolist():  # one by one: a view, not a copy
+            prediction = convolve(features[i : i + 1], weight).reshape(*bias.shape, side, side) + bias[:, :, None, None]
+            error += (prediction - target[:, None]).square().sum((2, 3))
+    best, each = error.argmin(1), torch.arange(len(maps), device=device)
+    chosen = weight[each, best].reshape(-1, in_channels, k, k)
+    return RidgeReadout(targets, maps, chosen, bias[each, best], grid, penalties[best].tolist())
+
+
+def _shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalties: Tensor, iterations: int) -> Tensor:
+    """Solves (A + lambda) x = b for each b of ``right`` (T, d) and each of L ``penalties``: (T, L, d), float64.
+
+    Conjugate gradients on the smallest penalty's system; the others' residuals are multiples (``scale``) of its own.
+    """
+    seed = penalties.min()
+    shift = penalties - seed  # (L,)
+    residual, direction = right.clone(), right.clone()  # (T, d)
+    norm = start = right.square().sum(1)  # (T,)
+    step_before, beta = torch.ones_like(norm), torch.zeros_like(norm)
+    directions = right[:, None].repeat(1, len(shift), 1)  # (T, L, d)
+    solution = torch.zeros_like(directions)
+    scale = ratio = torch.ones_like(directions[:, :, 0])  # (T, L)
+    for _ in range(iterations):
+        active = norm > 1e-16 * start  # squared: a relative residual of 1e-8
+        if not active.any():
+            break
+        image = apply(direction) + seed * direction
+        step = torch.where(active, norm / (direction * image).sum(1).clamp_min(TINY), 0.0)
+        memory = step * beta / step_before.clamp_min(TINY)
+        ratio = 1 / (1 + shift * step[:, None] + memory[:, None] * (1 - ratio))  # of scale to the scale before
+        scale = scale * ratio
+        solution += (step[:, None] * ratio)[:, :, None] * directions
+        residual -= step[:, None] * image
+        before, norm = norm, residual.square().sum(1)
+        step_before, beta = step, norm / before.clamp_min(TINY)
+        direction = residual + beta[:, None] * direction
+        directions = scale[:, :, None] * residual[:, None] + (beta[:, None] * ratio**2)[:, :, None] * directions
+    return solution
+
+
+def _correlate(features: Tensor, maps: Tensor, k: int) -> Tensor:
+    """Features (B, C, H, W) times maps (B, T, H-k+1, W-k+1) at each of k x k offsets, summed: (T, C*k*k), float64.
+
+    The transpose of ``_conv_few``: its shifted sums (fold) become shifted copies of the few maps (unfold).
+    """
+    rows = F.unfold(maps, k, padding=k - 1)  # (B, T*k*k, H*W)
+    products = torch.bmm(rows, features.flatten(2).mT).sum(0, dtype=torch.float64)
+    return products.reshape(maps.shape[1], k, k, -1).flip(1, 2).permute(0, 3, 1, 2).flatten(1)
+
+
+def _standardised(gram: Tensor, sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (d,), 1 / sd (d,) and correlation matrix (d, d) of features seen ``count`` times."""
+    mean = sums.sum(1) / count
+    inverse_sd = _inverse_sd(mean, gram.diagonal() / count)
+    correlation = (gram / count).addr_(mean, mean, alpha=-1).mul_(inverse_sd).mul_(inverse_sd[:, None])
+    return mean, inverse_sd, correlation
+
+
+def _inverse_sd(mean: Tensor, square: Tensor) -> Tensor:
+    """1 / sd from the means of x and of x^2; 0 for a constant."""
+    variance = square - mean.square()
+    return torch.where(variance > CONSTANT_SD**2 * square, variance.clamp_min(TINY).rsqrt(), 0.0)
+
+
+def _ridge(correlation: Tensor, cross: Tensor, penalties: Tensor) -> Tensor:
+    """Weights (T, L, d) of standardised features, from X't / n (T, d) and ``penalties`` (T, L)."""
+    values, vectors = torch.linalg.eigh(correlation)
+    shrunk = (cross @ vectors)[:, None] / (values.clamp_min(0) + penalties[:, :, None])
+    return shrunk @ vectors.T
+
+
+def _cells(targets: Sequence[str], maps: Tensor, side: int) -> Tensor:
+    """The mean of maps (T, size, size) over each cell: (T, side, side)."""
+    if maps.shape != (len(targets), maps.shape[-1], maps.shape[-1]):
+        raise ValueError(f"maps are {tuple(maps.shape)}; expected ({len(targets)}, size, size), a square map a target")
+    return F.adaptive_avg_pool2d(maps, side)
+
+
+def _penalties(lambdas: Sequence[float], device: torch.device) -> Tensor:
+    if not lambdas or not min(lambdas) > 0:
+        raise ValueError(f"lambdas are {tuple(lambdas)}; expected one or more numbers above 0, such as {LAMBDAS}")
+    return torch.tensor(tuple(lambdas), dtype=torch.float64, device=device)
+
+
+def _side(kernel_size: int, grid: int) -> int:
+    """Cells along a side of the prediction."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; expected an odd number such as 1 or 3")
+    if grid - kernel_size < 1:
+        raise ValueError(
+            f"kernel_size {kernel_size} leaves {grid - kernel_size + 1} cells of a grid of {grid}; 2 are needed: "
+            "use a larger grid or a smaller kernel_size"
+        )
+    return grid - kernel_size + 1
+
+
+def _check(features: Tensor, held_out: Tensor, in_channels: int, grid: int) -> None:
+    if features.shape[1:] != (in_channels, grid, grid):
+        raise ValueError(f"features are {tuple(features.shape)}; expected (images, {in_channels}, {grid}, {grid})")
+    if held_out.shape != features.shape[:1] or held_out.dtype != torch.bool:
+        raise ValueError(
+            f"held_out is {held_out.dtype} {tuple(held_out.shape)}; expected one bool an image, ({len(features)},)"
+        )
+
+
+def _check_images(images: Sequence[float], sums: Tensor) -> None:
+    if not min(images):
+        raise ValueError(
+            f"{images[0]:.0f} images to fit and {images[1]:.0f} held out; lambda is chosen on held-out images: mark "
+            "some, such as every tenth image, in held_out, and leave the others to the fit"
+        )
+    if not sums.isfinite().all():
+        raise ValueError("the features have NaN or infinite values: check the encoder's weights and its input's range")
