@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from padprobe.padding import set_padding as set_padding
     from padprobe.probing import probe_encoder as probe_encoder
     from padprobe.readout.posenet import PosENet as PosENet
+    from padprobe.readout.variants import Readout as Readout
     from padprobe.scores import spearman as spearman
     from padprobe.stages import find_stages as find_stages
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 _HOME = {
     "PositionProbeCallback": "padprobe.callback",
     "PosENet": "padprobe.readout.posenet",
+    "Readout": "padprobe.readout.variants",
     "probe_encoder": "padprobe.probing",
     "position_maps": "padprobe.maps",
     "spearman": "padprobe.scores",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -141,15 +141,36 @@ def _stream(target: Target) -> int:
 def _conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
     """``F.conv2d(features, weight, padding=padding)`` for a handful of output channels, several times faster.
 
-    All the kernel's taps as one matrix product over the channels, then their few rows shifted and added.
+    All the kernel's taps as one matrix product over the channels, then their few rows shifted and added. Features are
+    given, not learnt: they get no gradient.
     """
-    t, c, k, _ = weight.shape
-    b, _, h, w = features.shape
+    k, side = weight.shape[-1], features.shape[-1] + 2 * padding - weight.shape[-1] + 1
     if padding >= k:
         return F.conv2d(features, weight, padding=padding)
-    rows = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(1, t * k * k, c).expand(b, -1, -1)
-    taps = torch.bmm(rows, features.reshape(b, c, h * w))  # (B, T*k*k, H*W); matmul would copy the features
-    return F.fold(taps, (h + 2 * padding - k + 1, w + 2 * padding - k + 1), k, padding=k - 1 - padding)
+    taps = _Taps.apply(features.flatten(2), weight.flip(2, 3).permute(0, 2, 3, 1).flatten(0, 2))
+    return F.fold(taps, side, k, padding=k - 1 - padding)
+
+
+class _Taps(torch.autograd.Function):
+    """``rows @ features`` for (R, C) and (B, C, N): (B, R, N); the gradient is summed over the batch as it is made.
+
+    On a CPU image by image: the batch's products would be large temporaries, whose pages cost more than the sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(features)
+        return torch.bmm(rows.expand(len(features), -1, -1), features)  # matmul would copy the features
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        (features,) = ctx.saved_tensors
+        if features.device.type != "cpu":
+            return None, torch.bmm(gradient, features.transpose(1, 2)).sum(0)
+        total = gradient.new_zeros(gradient.shape[1], features.shape[1])
+        for taps, image in zip(gradient, features, strict=True):
+            total.addmm_(taps, image.T)
+        return None, total
 
 
 def make_optimizer(readout: nn.Module, lr: float = 0.1) -> torch.optim.SGD:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from padprobe.maps import TARGETS, position_maps
+from padprobe.report.tables import stages_of
 
 Maps = dict[tuple[str, str, str, str], np.ndarray]
 """Mean maps by (run, stimulus, target, "prediction" or "error")."""
@@ -25,7 +26,8 @@ _AXIS = {
     "HS": "stripes along y",
     "VS": "stripes along x",
 }
-_DASHES = {"zeros": "-", "valid": "--"}
+_DASHES = {"zeros": "-", "valid": "--", "valid+context": "-."}
+_DISTANCE = "distance to the nearest border (pixels)"
 _MARKERS = ("", "o", "s", "^", "D", "v")
 
 
@@ -59,17 +61,15 @@ def draw_trajectory(table: pd.DataFrame) -> Figure:
 
     Args:
         table: :func:`padprobe.report.tables.trajectory_table`'s, not empty. Colour is the task, solid lines are padded
-            with zeros, dashed ones unpadded; markers tell runs with the same task and padding apart.
+            with zeros, dashed ones unpadded (dash-dotted with the image's surroundings); markers tell runs with the
+            same task and padding apart.
     """
     targets = [t for t in TARGETS if t in set(table["target"])]
     targets = [t for t in targets if t in ("H", "V", "G")] or targets
     panels = [(t, "spc") for t in targets] + [("", m) for m in table.loc[table["target"] == "", "metric"].unique()]
-    columns = min(len(panels), 3)
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(1 + 3.6 * columns, 0.9 + 2.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    figure, axes = _panels(len(panels))
     styles = _line_styles(table)
-    for axis, (target, metric) in zip(axes, panels, strict=False):
+    for axis, (target, metric) in zip(axes, panels, strict=True):
         shown = table[(table["target"] == target) & (table["metric"] == metric)]
         for run, line in shown.groupby("run", sort=False):
             line = line.sort_values("step")
@@ -79,12 +79,96 @@ def draw_trajectory(table: pd.DataFrame) -> Figure:
             axis.set_ylim(min(-0.05, shown["value"].min() - 0.05), 1.02)
             axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         axis.set_ylabel("SPC" if target else metric)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    handles = [Line2D([], [], label=run, markersize=4, **style) for run, style in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    _legend(figure, styles)
     return figure
+
+
+def draw_spc_profile(profile: pd.DataFrame) -> Figure | None:
+    """SPC within rings of pixels by their distance to the border: a panel for each of H, V and G, a line a run with its
+    interval; None without such measurements.
+
+    Args:
+        profile: :func:`padprobe.report.tables.profile_table`'s. Lines are styled as in :func:`draw_trajectory`.
+    """
+    scored = profile[profile["metric"] == "spc"]
+    targets = [target for target in ("H", "V", "G") if target in set(scored["target"])]
+    if not targets:
+        return None
+    figure, axes = _panels(len(targets))
+    styles = _line_styles(profile)
+    for axis, target in zip(axes, targets, strict=True):
+        _draw_lines(axis, scored[scored["target"] == target], styles)
+        axis.set(title=f"{target}: {_AXIS[target]}", ylabel="SPC within the ring")
+        axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    _share_limits(axes)
+    _legend(figure, {run: style for run, style in styles.items() if run in set(scored["run"])})
+    return figure
+
+
+def draw_variance_profile(profile: pd.DataFrame) -> Figure | None:
+    """What position explains of each stage's variance by distance to the border: a panel a stage, a line a run; last
+    the fraction of cells that the padding reaches, a line a stage. None without such measurements.
+
+    Args:
+        profile: :func:`padprobe.report.tables.profile_table`'s.
+    """
+    shares, reach = profile[profile["metric"] == "eta2"], profile[profile["metric"] == "reach"]
+    reach = reach[reach["padding"] == "zeros"]
+    stages = stages_of(shares)
+    if not stages:
+        return None
+    figure, axes = _panels(len(stages) + (len(reach) > 0))
+    styles = _line_styles(profile)
+    for axis, stage in zip(axes, stages, strict=False):
+        _draw_lines(axis, shares[shares["stages"] == stage], styles)
+        axis.set(title=f"stage {stage}", ylabel="η² (share of variance)")
+    _share_limits(axes[: len(stages)])
+    if len(reach):
+        reach = reach[reach["encoder"] == reach["encoder"].iloc[0]].drop_duplicates(["stages", "distance"])
+        names = stages_of(reach)
+        shades = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+        for stage, shade in zip(names, shades, strict=True):
+            line = reach[reach["stages"] == stage].sort_values("distance")
+            axes[-1].plot(line["distance"], line["value"], color=shade, label=stage)
+        axes[-1].set(title="receptive field reaches the padding", ylabel="fraction of cells", xlabel=_DISTANCE)
+        axes[-1].legend(frameon=False, fontsize=8)
+    _legend(figure, {run: style for run, style in styles.items() if run in set(shares["run"])})
+    return figure
+
+
+def _draw_lines(axis, table: pd.DataFrame, styles: dict[str, dict[str, Any]]) -> None:
+    for run, line in table.groupby("run", sort=False):
+        line = line.sort_values("distance")
+        axis.plot(line["distance"], line["value"], markersize=4, **styles[str(run)])
+        axis.fill_between(
+            line["distance"], line["low"], line["high"], color=styles[str(run)]["color"], alpha=0.15, lw=0
+        )
+    axis.set_xlabel(_DISTANCE)
+
+
+def _share_limits(axes: np.ndarray) -> None:
+    lows, highs = zip(*(axis.get_ylim() for axis in axes), strict=True)
+    for axis in axes:
+        axis.set_ylim(min(lows), max(highs))
+
+
+def _panels(count: int) -> tuple[Figure, np.ndarray]:
+    """A figure with so many axes, at most three in a line."""
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(1 + 3.6 * columns, 0.9 + 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes[:count]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[:count]
+
+
+def _legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
+    handles = [Line2D([], [], label=run, markersize=4, **style) for run, style in styles.items()]
+    columns = max(1, min(len(handles), 120 // max(len(run) + 8 for run in styles), 4))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _line_styles(table: pd.DataFrame) -> dict[str, dict[str, Any]]:

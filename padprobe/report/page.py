@@ -12,13 +12,14 @@ from jinja2 import Environment, PackageLoader
 
 from padprobe.report import tables
 from padprobe.report.paper import paper_numbers
+from padprobe.report.readouts import variance_section, variants_section
 from padprobe.report.sections import Figure, Section, headline_rows, number, readout_sections, task_section
 from padprobe.results import Results, write_atomically
 
 
 def write_report(results: Results, out: Path) -> Path:
     """Writes a results' page into a folder: ``report.html`` (all in one file), ``report.md`` with ``figures/``, and the
-    numbers as ``results.csv`` and ``trajectory.csv``.
+    numbers as ``results.csv``, ``trajectory.csv`` and ``profile.csv``.
 
     Args:
         results: of a study or a probe, or several joined.
@@ -38,6 +39,8 @@ def write_report(results: Results, out: Path) -> Path:
     sections = [*readout_sections(table, head)]
     if task := task_section(tables.task_table(rows)):
         sections.insert(min(1, len(sections)), task)
+    more = (variants_section(table, head), variance_section(tables.variance_table(rows)))
+    sections += [section for section in more if section]
     sections += _figures(results, rows, head)
     for figure in (figure for section in sections for figure in section.figures):
         _write(out / "figures" / f"{figure.name}.png", figure.png)
@@ -56,6 +59,7 @@ def write_report(results: Results, out: Path) -> Path:
     for name in ("report.md", "report.html"):
         _write(out / name, environment.get_template(f"{name}.jinja").render(context).encode())
     write_atomically(out / "trajectory.csv", lambda path: results.trajectory.to_csv(path, index=False))
+    write_atomically(out / "profile.csv", lambda path: results.profile.to_csv(path, index=False))
     write_atomically(out / "results.csv", lambda path: results.rows.to_csv(path, index=False))
     return out / "report.html"
 
@@ -75,11 +79,11 @@ def main_table(results: Results) -> str:
         caption = f"SPC on {', '.join(head['stimulus'].unique())}"
         caption += ", and its difference from the untrained encoder's with the same padding" if compared else ""
         lines = [["run", "padding", *targets]]
-        for kind, name, row, spc, delta in headline_rows(head):
+        for kind, name, row, by_target in headline_rows(head):
             sign = "+" if kind == "gap" else ""
             cells = [
                 number(s, sign=sign) + ("" if pd.isna(d) else f" {number(d, 2, '+')}")
-                for s, d in zip(spc, delta, strict=True)
+                for s, d in zip(by_target["spc"], by_target["delta"], strict=True)
             ]
             lines.append([name, row["padding"], *cells])
         parts.append(_aligned(caption, lines))
@@ -101,10 +105,27 @@ def _rows(results: Results) -> pd.DataFrame:
 
 
 def _figures(results: Results, rows: pd.DataFrame, head: pd.DataFrame) -> list[Section]:
-    """The sections that are figures: trajectories, predicted maps, content loss."""
+    """The sections that are figures: profiles, trajectories, predicted maps, content loss."""
     from padprobe.report import figures  # matplotlib
 
     sections = []
+    profile = tables.profile_table(results.profile, rows, head)
+    if len(profile):
+        where = (
+            ("where_spc", "SPC by distance to the border", figures.draw_spc_profile(profile)),
+            (
+                "where_variance",
+                "η² and reach by distance to the border, by stage",
+                figures.draw_variance_profile(profile),
+            ),
+        )
+        reading = (
+            f"Position by distance to the nearest border, on {', '.join(head['stimulus'].unique())}: padding enters "
+            "there, so what it brings falls off inwards and reaches the middle only as far as the receptive fields do. "
+            "SPC is taken within each ring of pixels; shaded are the intervals."
+        )
+        drawn = [Figure(name, alt, figures.to_png(figure)) for name, alt, figure in where if figure]
+        sections += [Section("Where", reading, figures=drawn)] if drawn else []
     trajectory = tables.trajectory_table(results.trajectory, rows)
     if len(trajectory):
         reading = (
@@ -117,27 +138,31 @@ def _figures(results: Results, rows: pd.DataFrame, head: pd.DataFrame) -> list[S
     shown = list(
         head.loc[head["run"] != tables.RGB, ["run", "stimulus"]].drop_duplicates().itertuples(index=False, name=None)
     )
-    drawn = figures.draw_maps(maps, shown)
-    if drawn:
+    predicted = figures.draw_maps(maps, shown)
+    if predicted:
         stimuli = ", ".join(dict.fromkeys(stimulus for _, stimulus in shown))
         reading = (
             f"Mean prediction over the images of {stimuli}: the more a tile looks like the target, the more "
             "position the encoder holds; a flat tile is a readout that found none."
         )
-        figure = Figure("maps", "Predicted position maps beside their targets", figures.to_png(drawn))
+        figure = Figure("maps", "Predicted position maps beside their targets", figures.to_png(predicted))
         sections.append(Section("Predicted maps beside their targets", reading, figures=[figure]))
-    drawn = figures.draw_content_loss(maps)
-    if drawn:
+    loss = figures.draw_content_loss(maps)
+    if loss:
         reading = (
             "Where position is lost: the mean of the absolute error maps of H, V and G; dark is exact, and errors that "
             "grow away from the border say that position enters there."
         )
-        figure = Figure("content_loss", "Content-loss heat maps by run and stimulus", figures.to_png(drawn))
+        figure = Figure("content_loss", "Content-loss heat maps by run and stimulus", figures.to_png(loss))
         sections.append(Section("Content loss", reading, figures=[figure]))
     return sections
 
 
 def _aligned(caption: str, lines: list[list[Any]]) -> str:
+    others = sum(max(len(line[i]) for line in lines) + 2 for i in range(1, len(lines[0])))
+    room = max(16, 100 - others)  # of the names in the first column
+    half = room // 2
+    lines = [[n if len(n) <= room else f"{n[: room - half - 1]}…{n[-half:]}", *cells] for n, *cells in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([textwrap.fill(caption, 100), *text])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,76 +62,84 @@ def number(value: float, digits: int = 3, sign: str = "") -> str:
 
 def readout_name(row: Any) -> str:
     """A readout in words: "posenet 3x3", and what is not as in the paper."""
-    name = row["readout"] + (f" {row['kernel_size']}x{row['kernel_size']}" if row["kernel_size"] else "")
+    kind, comma, variant = row["readout"].partition(",")
+    name = kind + (f" {row['kernel_size']}x{row['kernel_size']}" if row["kernel_size"] else "") + comma + variant
     name += f", {row['depth']} layers" if row["depth"] > 1 else ""
     name += f", padded by {row['head_padding']}" if row["head_padding"] else ""
     return name + (f", stages {row['stages']}" if row["stages"] not in ("all", "rgb", "") else "")
 
 
-def headline_rows(head: pd.DataFrame) -> Iterator[tuple[str, str, dict[Any, Any], list[float], list[float]]]:
-    """The headline table's lines in order: (kind, name, labels, SPC by target, delta by target).
+def headline_rows(head: pd.DataFrame) -> Iterator[tuple[str, str, dict[Any, Any], pd.DataFrame]]:
+    """The headline table's lines in order: (kind, name, labels, columns of ``head`` by target).
 
-    A pair's gap (zeros - valid, in SPC) follows the pair; the RGB control comes last.
+    A pair's gaps (zeros - valid, in SPC, with nothing but ``spc``) follow the pair; the RGB control comes last.
     """
     targets = targets_of(head)
     gap = gaps(head)
     for pair, family_rows in head.groupby("pair", sort=False):
         for _, rows in family_rows.groupby([*RUN, *READOUT, "stimulus"], sort=False):
             row = rows.iloc[0].to_dict()
-            by_target = rows.set_index("target").reindex(targets)
             kind = "control" if row["run"] == RGB else "run"
-            yield kind, row["run"], row, by_target["spc"].tolist(), by_target["delta"].tolist()
-        mine = gap[gap["pair"] == pair]
-        if len(mine):
+            yield kind, row["run"], row, rows.set_index("target").reindex(targets)
+        for padding, mine in gap[gap["pair"] == pair].groupby("padding", sort=False):
             name = f"gap {mine['pair_name'].iloc[0]}"
-            row = {**dict.fromkeys([*RUN, "stimulus"], ""), "task": mine["task"].iloc[0], "padding": "zeros-valid"}
-            values = mine.set_index("target")["gap"].reindex(targets).tolist()
-            yield "gap", name, row, values, [math.nan] * len(targets)
+            row = {**dict.fromkeys([*RUN, "stimulus"], ""), "task": mine["task"].iloc[0], "padding": f"zeros-{padding}"}
+            values = mine.rename(columns={"gap": "spc"}).set_index("target")[["spc"]]
+            yield "gap", name, row, values.reindex(index=targets, columns=head.columns)
 
 
 def readout_sections(table: pd.DataFrame, head: pd.DataFrame) -> list[Section]:
-    """The headline and the whole position readout; none where nothing was read out."""
-    return [_headline_section(head), _position_section(table)] if len(table) else []
+    """The headline, and its readout on every stimulus; none where nothing was read out."""
+    own = table.merge(head[[*RUN, *READOUT]].drop_duplicates())
+    return [_headline_section(head), _position_section(own)] if len(table) else []
 
 
 def _headline_section(head: pd.DataFrame) -> Section:
     targets = targets_of(head)
     compared = bool(head["delta"].notna().any())
     runs = head[head["run"] != RGB]
-    several = [c for c in ("encoder", "weights", "stimulus") if head[head["run"] != RGB][c].nunique() > 1]
-    constant = {c: short(runs[c].iloc[0]) for c in ("encoder", "weights", "stimulus") if c not in several and len(runs)}
-    labels = ["run", "task", "padding", *several]
+    facts, labels = [], ["run", "task", "padding"]
+    for column in ("encoder", "weights", "stimulus"):
+        values = runs[column].map(short)
+        if values.nunique() == 1:
+            facts += [f"{column} {values.iloc[0]}"] if values.iloc[0] else []
+        elif not all(value in run for value, run in zip(values, runs["run"], strict=True)):  # names say it already
+            labels.append(column)
     rows = []
-    for kind, name, row, spc, delta in headline_rows(head):
-        ranges = head[(head["run"] == name) & (head["spread"] == "seeds")].set_index("target")
-        cells = [name, row["task"], row["padding"], *(short(row[c]) for c in several)]
-        for target, value, difference in zip(targets, spc, delta, strict=True):
-            spread = ranges.loc[[target]].iloc[0] if target in ranges.index else None
-            cells.append(number(value, sign="+" if kind == "gap" else "") + ("" if spread is None else _range(spread)))
-            if compared:
-                cells.append("" if kind != "run" else number(difference, sign="+"))
+    for kind, name, row, by_target in headline_rows(head):
+        cells = [name, *(short(row[c]) for c in labels[1:])]
+        for _, cell in by_target.iterrows():
+            spc = number(cell["spc"], sign="+" if kind == "gap" else "") + interval(cell)
+            cells.append(spc + _line("Δ", cell, "delta") + _line("sel", cell, "selectivity"))
         rows.append((kind, cells))
-    facts = [f"{name} {value}" for name, value in constant.items() if value]
     facts += [f"readout {name}" for name in dict.fromkeys(readout_name(row) for row in runs.to_dict("records"))]
-    seeds = int(runs["seeds"].max()) if len(runs) else 1
-    facts += [f"mean of {seeds} seeds, their range below it"] if seeds > 1 else []
-    columns = labels + ([c for _ in targets for c in ("SPC", "Δ")] if compared else targets)
-    groups = [("", len(labels)), *((target, 2) for target in targets)] if compared else []
+    facts += ["[95% interval over images]"]
+    facts += [f"low … high over {runs['seeds'].max()} seeds"] if (runs["seeds"] > 1).any() else []
     reading = (
         "SPC is 1 where the predicted map ranks its pixels as the target does, 0 where nothing is known: before SPC "
         "itself read Δ, how far training moved it from the untrained encoder's of the same padding; a score near the "
         "RGB-only readout's, which sees the image without an encoder, is content and not position."
     )
-    missing = (
-        ""
-        if compared or not len(runs)
-        else (
+    if head["selectivity"].notna().any():
+        reading += (
+            " Selectivity (sel) is SPC minus the SPC of the same readout on one fixed random permutation of the "
+            "target's cells: near SPC itself the readout found position, near 0 it could as well have learnt any map "
+            "by heart."
+        )
+    notes = []
+    if "valid+context" in set(runs["padding"]):
+        notes.append(
+            "valid+context: the unpadded encoder sees the image with its real surroundings, and its stages are cropped "
+            "to the sizes of the padded ones; zeros-valid+context is padding's share, where zeros-valid also "
+            "holds the resolution that an unpadded encoder loses."
+        )
+    if len(runs) and not compared:
+        notes.append(
             "Δ is missing: these results have no untrained encoder of the same architecture and padding. Probe one "
             "(--weights untrained) and report both folders together."
         )
-    )
     title = "How much position each encoder holds"
-    return Section(title, reading, [Table("; ".join(facts), columns, rows, len(labels), groups)], note=missing)
+    return Section(title, reading, [Table("; ".join(facts), labels + targets, rows, len(labels))], note=" ".join(notes))
 
 
 def _position_section(table: pd.DataFrame) -> Section:
@@ -172,17 +179,30 @@ def _position_section(table: pd.DataFrame) -> Section:
     return Section("Position by encoder and stimulus", reading, parts, note=note)
 
 
+def _line(name: str, cell: pd.Series, column: str) -> str:
+    """A line with a difference of SPC and its interval, where it was measured."""
+    if pd.isna(cell[column]):
+        return ""
+    low, high = (number(cell[f"{column}_{end}"]) for end in ("low", "high"))
+    return f"\n{name} {number(cell[column], sign='+')}" + (f" [{low}, {high}]" if low != ABSENT else "")
+
+
 def _position_cells(cell: pd.Series) -> list[str]:
-    spc = number(cell["spc"]) + _range(cell)
+    mae = number(cell["mae"]) + ("" if pd.isna(cell["nmae"]) else f"\nnMAE {number(cell['nmae'])}")
+    mae += "" if pd.isna(cell["paper_mae"]) else f"\npaper {number(cell['paper_mae'])}"
+    return [spc_cell(cell), mae]
+
+
+def spc_cell(cell: pd.Series) -> str:
+    """SPC, its interval, how many predictions are constant, and the paper's value."""
+    spc = number(cell["spc"]) + interval(cell)
     if cell["constant"] > 0:
         spc += "\nconstant" if cell["n"] == 1 else f"\n{cell['constant']:g} of {cell['n']} constant"
-    mae = number(cell["mae"]) + ("" if pd.isna(cell["nmae"]) else f"\nnMAE {number(cell['nmae'])}")
-    spc += "" if pd.isna(cell["paper_spc"]) else f"\npaper {number(cell['paper_spc'])}"
-    mae += "" if pd.isna(cell["paper_mae"]) else f"\npaper {number(cell['paper_mae'])}"
-    return [spc, mae]
+    return spc + ("" if pd.isna(cell["paper_spc"]) else f"\npaper {number(cell['paper_spc'])}")
 
 
-def _range(cell: pd.Series) -> str:
+def interval(cell: pd.Series) -> str:
+    """A line with the range over seeds (low … high) or the interval over images [low, high], where there is one."""
     if pd.isna(cell["low"]):
         return ""
     low, high = number(cell["low"]), number(cell["high"])

@@ -15,6 +15,8 @@ RUN = ["run", "encoder", "weights", "task", "padding"]
 READOUT = ["readout", "kernel_size", "depth", "head_padding", "stages"]
 RGB = "RGB only"
 """The run name of the control: the readout on the image alone, without an encoder."""
+PADDINGS = {"zeros": 0, "valid": 1, "valid+context": 2}
+"""The order of a pair's runs; "valid+context" is the unpadded encoder shown the image with its surroundings."""
 
 _COUNTS = ["seed", "kernel_size", "depth", "head_padding", "n"]
 _REALS = ["value", "ci_low", "ci_high"]
@@ -52,8 +54,9 @@ def short(label: str) -> str:
 def pair_names(runs: pd.DataFrame) -> list[str]:
     """What the padded and the unpadded run of a pair have in common, for each line of a frame of :data:`RUN`.
 
-    It is the run's name without its padding: "ss-p0" for "ss-zeros-p0" and "ss-valid-p0". Where names do not say the
-    padding and an encoder has one run a padding for a task, these are a pair and share the first one's name.
+    It is the run's name without its padding: "ss-p0" for "ss-zeros-p0", "ss-valid-p0" and "ss-valid+context-p0". Where
+    names do not say the padding and an encoder has one run a padding for a task, these are a pair and share the first
+    one's name.
     """
     bare = [
         re.sub(r"[-_ ]+", "-", run.replace(padding, "", 1)).strip("-") or run if padding else run
@@ -76,54 +79,111 @@ def position_table(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns :data:`RUN`, :data:`READOUT`, ``stimulus, target, seeds, n, pair, pair_name``; ``spc`` with ``low`` and
         ``high`` (``spread`` "seeds": their range; "images": the 95% bootstrap interval over images);
-        ``mae, nmae, constant`` (images with a constant prediction); ``delta`` = SPC minus the SPC of the untrained
-        encoder of the same architecture and padding, NaN where there is none; ``paper`` (the paper's name of the
-        network, or ""), ``paper_spc, paper_mae``. Padded stands before unpadded, the RGB control last.
+        ``mae, nmae, constant`` (images with a constant prediction); ``selectivity`` (SPC minus that on permuted cells);
+        ``delta`` = SPC minus the SPC of the untrained encoder of the same architecture and padding, NaN where there is
+        none, with ``delta_low`` and ``delta_high`` where the probe measured it image by image; ``paper`` (the paper's
+        name of the network, or ""), ``paper_spc, paper_mae``. Padded stands before unpadded, the RGB control last.
     """
     rows = rows[rows["target"] != ""].copy()
     rows["run"] = rows["group"]
     rows.loc[rows["stages"] == "rgb", RUN] = [RGB, "", "", "", ""]
     keys = [*RUN, *READOUT, "stimulus", "target"]
-    named = {"low": "min", "high": "max", "ci_low": "mean", "ci_high": "mean", "n": "max", "seeds": "nunique"}
-    source = {"low": "value", "high": "value", "seeds": "seed"}
-    table = (
-        rows[rows["metric"] == "spc"]
-        .groupby(keys, sort=False)
-        .agg(spc=("value", "mean"), **{name: (source.get(name, name), how) for name, how in named.items()})
-        .reset_index()
-    )
-    for metric in ("mae", "nmae", "constant"):
-        values = rows[rows["metric"] == metric].groupby(keys, sort=False)["value"].mean().rename(metric)
-        table = table.merge(values.reset_index(), on=keys, how="left")
-    repeated = table["high"] - table["low"] > 5e-4
-    table["spread"] = repeated.map({True: "seeds", False: "images"})
-    table["low"] = table["low"].where(repeated, table["ci_low"])
-    table["high"] = table["high"].where(repeated, table["ci_high"])
+    table = _averaged(rows[rows["metric"] == "spc"], keys).rename(columns={"value": "spc"})
+    for metric in ("mae", "nmae", "constant", "selectivity", "delta"):
+        means = rows[rows["metric"] == metric].groupby(keys, sort=False)[_REALS].mean()
+        means.columns = [metric, f"{metric}_low", f"{metric}_high"]
+        table = table.merge(means.reset_index(), on=keys, how="left")
 
     twin = ["encoder", "padding", *READOUT, "stimulus", "target"]
     untrained = (table["weights"] == "untrained") & (table["encoder"] != "")
     control = table[untrained].groupby(twin)["spc"].mean().rename("control").reset_index()
-    table["delta"] = table["spc"] - table.merge(control, on=twin, how="left")["control"].to_numpy()
-    table.loc[untrained, "delta"] = float("nan")
+    joined = table["spc"] - table.merge(control, on=twin, how="left")["control"].to_numpy()
+    table["delta"] = table["delta"].fillna(joined).where(~untrained & (table["run"] != RGB))
 
     cells = [paper_cell(row) for row in table.to_dict("records")]
     table["paper"] = [cell.network if cell else "" for cell in cells]
     table["paper_spc"] = [cell.spc if cell else float("nan") for cell in cells]
     table["paper_mae"] = [cell.mae if cell else float("nan") for cell in cells]
 
-    table["pair_name"] = pair_names(table)
+    return _in_pairs(table)
+
+
+def variance_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """What needs no readout: per run and stage the share of the features' variance that position explains ("eta2"), and
+    the fraction of cells whose receptive field reaches the padding ("reach", of no stimulus).
+
+    Args:
+        rows: cleaned rows, see :func:`clean`.
+
+    Returns:
+        Columns :data:`RUN`, ``stages, stimulus, metric, value, low, high, spread, n, seeds, pair, pair_name``.
+    """
+    rows = rows[rows["readout"] == "variance"]
+    return _in_pairs(_averaged(rows.assign(run=rows["group"]), [*RUN, "stages", "stimulus", "metric"]))
+
+
+def profile_table(profile: pd.DataFrame, rows: pd.DataFrame, head: pd.DataFrame) -> pd.DataFrame:
+    """Measurements by distance to the border, for each run of the headline on its stimulus.
+
+    Args:
+        profile: :attr:`~padprobe.results.Results.profile`.
+        rows: cleaned rows, which know the runs that differ by their seed alone.
+        head: :func:`headline`'s.
+
+    Returns:
+        Columns :data:`RUN`, ``stages, stimulus, target, metric, distance, value, low, high, spread, n, seeds, pair,
+        pair_name``; ``metric`` is "spc" or "mae" (of a target), "eta2" or "reach" (of a stage).
+    """
+    if not len(profile):
+        return profile
+    profile = clean(profile)
+    profile["distance"] = pd.to_numeric(profile["distance"], errors="coerce")
+    name = ["run", "weights", "seed"]
+    groups = dict(zip(rows[name].itertuples(index=False, name=None), rows["group"], strict=True))
+    profile["run"] = [groups.get(key, key[0]) for key in profile[name].itertuples(index=False, name=None)]
+    places = head[["run", "stimulus"]]
+    profile = profile.merge(pd.concat([places, places.assign(stimulus="")]).drop_duplicates())  # reach has no stimulus
+    return _in_pairs(_averaged(profile, [*RUN, "stages", "stimulus", "target", "metric", "distance"]))
+
+
+def _averaged(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Means over seeds: ``value``, ``low`` and ``high`` (``spread`` says of what), ``n``, ``seeds``."""
+    named = {"low": "min", "high": "max", "ci_low": "mean", "ci_high": "mean", "n": "max", "seeds": "nunique"}
+    source = {"low": "value", "high": "value", "seeds": "seed"}
+    table = (
+        rows.groupby(keys, sort=False)
+        .agg(value=("value", "mean"), **{name: (source.get(name, name), how) for name, how in named.items()})
+        .reset_index()
+    )
+    repeated = table["high"] - table["low"] > 5e-4
+    table["spread"] = repeated.map({True: "seeds", False: "images"})
+    table["low"] = table["low"].where(repeated, table["ci_low"])
+    table["high"] = table["high"].where(repeated, table["ci_high"])
+    return table.drop(columns=["ci_low", "ci_high"])
+
+
+def _in_pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with ``pair`` and ``pair_name``, sorted: padded before unpadded, the RGB control last."""
+    table = table.assign(pair_name=pair_names(table))
+    untrained = table["weights"] == "untrained"
     table["pair"] = table.groupby(["encoder", "task", untrained, "pair_name"], sort=False).ngroup()
     order = table.assign(
         control=table["run"] == RGB,
-        rank=table["padding"].map({"zeros": 0, "valid": 1}).fillna(2),
+        rank=table["padding"].map(PADDINGS).fillna(len(PADDINGS)),
         name=pd.factorize(table["run"])[0],
     ).sort_values(["control", "pair", "rank", "name"], kind="stable")
     return table.loc[order.index].reset_index(drop=True)
 
 
 def targets_of(table: pd.DataFrame) -> list[str]:
-    """The targets that a table has, in the paper's order."""
-    return [target for target in TARGETS if target in set(table["target"])]
+    """The targets that a table has, the paper's first and in its order."""
+    found = list(table["target"].unique())
+    return [target for target in TARGETS if target in found] + [target for target in found if target not in TARGETS]
+
+
+def stages_of(table: pd.DataFrame) -> list[str]:
+    """The single stages that a table has, in order of depth."""
+    return sorted({s for s in table["stages"] if re.fullmatch(r"f\d+", s)}, key=lambda stage: int(stage[1:]))
 
 
 def headline(table: pd.DataFrame) -> pd.DataFrame:
@@ -151,7 +211,8 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gaps(table: pd.DataFrame) -> pd.DataFrame:
-    """SPC of the padded minus SPC of the unpadded run of each pair: columns ``pair, pair_name, task, target, gap``.
+    """SPC of the padded minus SPC of the unpadded run of each pair, without and with its surroundings: columns ``pair,
+    pair_name, task, padding, target, gap``, where ``padding`` is the unpadded run's.
 
     Args:
         table: :func:`headline`'s. A pair has the same encoder and task, both trained or both untrained, see
@@ -159,11 +220,13 @@ def gaps(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for _, pair in table[table["run"] != RGB].groupby("pair", sort=False):
-        zeros, valid = (pair[pair["padding"] == padding] for padding in ("zeros", "valid"))
-        both = zeros.merge(valid, on=[*READOUT, "stimulus", "target"], suffixes=("", "_valid"))
-        if zeros["run"].nunique() == valid["run"].nunique() == 1 and len(both):
-            rows.append(both.assign(gap=both["spc"] - both["spc_valid"]))
-    columns = ["pair", "pair_name", "task", "target", "gap"]
+        zeros = pair[pair["padding"] == "zeros"]
+        for padding in ("valid", "valid+context"):
+            valid = pair[pair["padding"] == padding]
+            both = zeros.merge(valid, on=[*READOUT, "stimulus", "target"], suffixes=("", "_valid"))
+            if zeros["run"].nunique() == valid["run"].nunique() == 1 and len(both):
+                rows.append(both.assign(padding=padding, gap=both["spc"] - both["spc_valid"]))
+    columns = ["pair", "pair_name", "task", "padding", "target", "gap"]
     return pd.concat(rows)[columns] if rows else pd.DataFrame(columns=columns)
 
 
@@ -181,7 +244,7 @@ def task_table(rows: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return pd.DataFrame()
     rows = rows.assign(runs=pair_names(rows.assign(run=rows["group"])), data=rows["stimulus"])
-    paddings = sorted(rows["padding"].unique(), key=lambda p: {"zeros": 0, "valid": 1}.get(p, 2))
+    paddings = sorted(rows["padding"].unique(), key=lambda p: PADDINGS.get(p, len(PADDINGS)))
     keys = ["runs", "encoder", "task", "data", "metric"]
     wide = rows.pivot_table(values="value", index=keys, columns="padding", aggfunc="mean", sort=False)[paddings]
     if {"zeros", "valid"} <= set(paddings):
