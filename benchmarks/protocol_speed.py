@@ -13,6 +13,7 @@ same), so that the table has the spread over seeds without hours of the same pas
 import argparse
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
@@ -66,7 +67,7 @@ def literal(target: str, features, train, test, seed: int) -> list[float]:
     expected = truth.flatten().cpu().numpy()
     with torch.no_grad():
         maps = [map_.cpu().numpy() for images in DataLoader(test, BATCH) for map_ in readout(features(images))]
-    return [spearmanr(map_.flatten(), expected).statistic for map_ in maps]
+    return [float(np.nan_to_num(spearmanr(map_.flatten(), expected).statistic)) for map_ in maps]
 
 
 def clock() -> float:
@@ -88,10 +89,10 @@ if __name__ == "__main__":
     test = load_images(options.test, 224, options.limit_test, seed=1)
     seeds = range(options.seeds)
     with torch.inference_mode():
-        encoder(train[0][None])  # the first pass sets the convolutions up
+        encoder.to(DEVICE)(train[0][None].to(DEVICE))  # the first pass sets the convolutions up
 
     def probe(chosen):
-        arguments = {"limit_train": None, "limit_test": None, "untrained": 0, "batch_size": BATCH}
+        arguments = {"untrained": 0, "batch_size": BATCH, "cache_gb": 16.0}
         rows = probe_encoder(encoder, train, {"test": test}, seeds=chosen, **arguments).rows
         rows = rows[(rows.stages == "all") & (rows.metric == "spc")]
         return {(row.target, row.seed): row.value for row in rows.itertuples()}
@@ -106,11 +107,10 @@ if __name__ == "__main__":
     theirs = {(target, 0): literal(target, features, train, test, 0) for target in TARGETS}
     slow = clock() - start
     if len(seeds) > 1:
-        kept = [[features(images).cpu() for images in DataLoader(part, 1)] for part in (train, test)]
+        kept = [torch.cat([features(images).cpu() for images in DataLoader(part, 1)]) for part in (train, test)]
         for seed in seeds[1:]:
             for target in TARGETS:
-                parts = [torch.cat(part) for part in kept]
-                theirs[target, seed] = literal(target, lambda batch: batch.to(DEVICE), *parts, seed)
+                theirs[target, seed] = literal(target, lambda batch: batch.to(DEVICE), *kept, seed)
 
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; {len(train)} training and {len(test)} test images, {EPOCHS} epochs")

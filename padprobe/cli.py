@@ -6,9 +6,10 @@ import argparse
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -68,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         "--readout",
         action="append",
         metavar="KEY=VALUE,...",
-        help="a further readout; may be repeated. Keys: kernel_size, depth, padding, scale (unit, paper), stages (all, "
-        "each, f1, f2+f4, ...); 'ridge' first for the closed form. The paper's (kernel_size=3) is always there, and "
-        "every one has its control on the image alone",
+        help="a readout, 'posenet' or 'ridge', then what is not as in the paper: kernel_size, depth, padding, scale "
+        "(unit, paper), stages (all, each, f1, f2+f4, ...). May be repeated; the first is the headline; each has its "
+        "control on the image alone (default: posenet)",
     )
     probe.add_argument(
         "--stages", nargs="+", default=["auto"], metavar="LAYER", help="layer names, 'auto' (found) or 'paper'"
@@ -115,13 +116,18 @@ def _parser() -> argparse.ArgumentParser:
 def _probe(options: argparse.Namespace) -> int:
     import torch
     from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
 
     accelerator = options.accelerator
     if accelerator == "auto":  # not MPS, which lacks float64
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    fabric = Fabric(
-        accelerator=accelerator, strategy=options.strategy, devices=options.devices, num_nodes=options.num_nodes
-    )
+    strategy = options.strategy
+    if options.devices * options.num_nodes > 1 and strategy in ("auto", "ddp", "ddp_spawn"):
+        # the other processes wait while the first trains the readouts
+        method: Literal["spawn", "popen"] = "spawn" if strategy == "ddp_spawn" else "popen"
+        strategy = DDPStrategy(start_method=method, timeout=timedelta(days=1))
+    devices = {"devices": options.devices, "num_nodes": options.num_nodes}
+    fabric = Fabric(accelerator=accelerator, strategy=strategy, **devices)
     fabric.launch(functools.partial(_probe_here, options=options))
     return 0
 
@@ -132,7 +138,7 @@ def _probe_here(fabric: Fabric, options: argparse.Namespace) -> None:
     from padprobe.probing import padding_of, probe_encoder
     from padprobe.readout.variants import Readout, parse_readout
 
-    readouts = [Readout(), *(parse_readout(text) for text in options.readout or [])]
+    readouts = [parse_readout(text) for text in options.readout or []] or [Readout()]
     encoder = load_encoder(options.encoder, options.weights, options.padding, options.seeds[0])
     test: dict[str, str] = {}
     for text in options.test or ["dead_leaves"]:
@@ -156,7 +162,7 @@ def _probe_here(fabric: Fabric, options: argparse.Namespace) -> None:
     if first:
         Path(options.out).mkdir(parents=True, exist_ok=True)
     fabric.barrier()
-    with _progress() as (progress, _):
+    with _progress() if first else nullcontext((None, None)) as (progress, _):
         results = probe_encoder(
             encoder,
             options.train,
@@ -179,7 +185,7 @@ def _probe_here(fabric: Fabric, options: argparse.Namespace) -> None:
             cache_dir=options.out,
             fabric=fabric,
             labels=labels,
-            progress=progress if first else None,
+            progress=progress,
         )
     if first:
         results.save(options.out)

@@ -191,15 +191,23 @@ def untrained_twin(encoder: nn.Module, seed: int) -> nn.Module:
 
     Convolutions and linear layers are drawn as torchvision draws a VGG's convolutions (He's normal distribution, zero
     biases); every other layer that can is reset. Padding stays as it is. The global random state is left alone.
+
+    Raises:
+        ValueError: naming the layer whose own parameters would stay as they were trained.
     """
     twin = copy.deepcopy(encoder).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in twin.modules():
+        for name, layer in twin.named_modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
             elif callable(reset := getattr(layer, "reset_parameters", None)):
                 reset()
+            elif next(layer.parameters(recurse=False), None) is not None:
+                raise ValueError(
+                    f"layer {name!r} ({type(layer).__name__}) has parameters and no reset_parameters(), so that a twin "
+                    "would keep them as trained: give probe_encoder a `twin` that builds the network, or untrained=0"
+                )
     return twin

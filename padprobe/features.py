@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,9 +73,10 @@ class FeatureReader:
 
     def __enter__(self) -> FeatureReader:
         self.home = next((p.device for p in self.encoder.parameters()), self.device)
+        self.dtype = next((p.dtype for p in self.encoder.parameters() if p.is_floating_point()), torch.float32)
         self.modes = {module: module.training for module in self.encoder.modules()}
-        self.tap = StageTap(self.encoder, self.layers, self.grid, self.sides)
         self.encoder.eval().to(self.device)
+        self.tap = StageTap(self.encoder, self.layers, self.grid, self.sides)
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -105,6 +108,21 @@ class FeatureReader:
             if progress:
                 progress(what, min(done * world, len(images)), len(images))
 
+    def settle(self, images: Images) -> None:
+        """Gives an untrained encoder's BatchNorms the statistics of a batch of images, which they would have from the
+        first step of a training on. With those that they start with, a deep residual network's features explode."""
+        norms = [m for m in self.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the batch's statistics, whole
+            norm.train()
+        if norms:
+            self.features(_stack([images[i] for i in range(min(self.batch_size, len(images)))]))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Aligned features of a batch of images: (B, 3, shown, shown) -> (B, width, grid, grid), float32."""
@@ -116,7 +134,7 @@ class FeatureReader:
         images = images.to(self.device, non_blocking=True)
         center = center_crop(images, self.image_size)
         seen = ((images if self.sides else center) - self.mean) / self.std
-        self.encoder(seen.contiguous(memory_format=torch.channels_last))
+        self.encoder(seen.to(self.dtype).contiguous(memory_format=torch.channels_last))
         return self.tap.take(align(center, self.grid))
 
 
@@ -136,6 +154,9 @@ class FeatureCache:
         budget: gigabytes (10^9 bytes) of memory, of the device's where it is a GPU.
         folder: of the file; default: the system's folder for temporary files.
         device: where features in memory lie.
+
+    Raises:
+        ValueError: where the file would not fit on the disk.
     """
 
     def __init__(
@@ -146,7 +167,7 @@ class FeatureCache:
         self._file: mmap.mmap | None = None
         if self.gb > budget:
             with tempfile.TemporaryFile(dir=folder, prefix="padprobe-") as file:
-                file.truncate(2 * n * width * grid**2)
+                _reserve(file.fileno(), 2 * n * width * grid**2, folder or tempfile.gettempdir())
                 self._file = mmap.mmap(file.fileno(), 0)
             self.values = torch.frombuffer(self._file, dtype=torch.float16).view(shape)
         else:
@@ -169,9 +190,10 @@ class FeatureCache:
             self.values[i] = row
         self._release()
 
-    def check(self) -> None:
-        """Raises ValueError where something that was written is not finite in half precision."""
-        if not self._finite:
+    def check(self, fabric: Fabric) -> None:
+        """Raises ValueError, in every process, where something that was written is not finite in half precision."""
+        finite = torch.as_tensor(fabric.all_reduce(self._finite.int(), reduce_op="min"))
+        if not finite:
             raise ValueError(
                 "the encoder's features leave the range of half precision or are not finite: normalise its input "
                 "(normalize=True), or check its weights"
@@ -180,9 +202,12 @@ class FeatureCache:
     def read(self, index: Tensor, out: Tensor) -> Tensor:
         """The features at these places, (B, width, grid, grid), as float32 in ``out``, which holds B or more."""
         batch = out[: len(index)]
-        if self.values.device.type == "cpu":
+        if batch.device.type == "cpu":
             for row, i in zip(batch, index.tolist(), strict=True):
                 row.copy_(self.values[i])
+            self._release()
+        elif self.values.device.type == "cpu":  # half precision travels: it is half the way
+            batch.copy_(torch.stack([self.values[i] for i in index.tolist()]).to(batch.device))
             self._release()
         else:
             batch.copy_(self.values[index.to(self.values.device)])
@@ -197,6 +222,20 @@ class FeatureCache:
         """Lets go of the file's pages, which would count as this process's memory until the system wants them back."""
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._file.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(file: int, size: int, folder: str | Path) -> None:
+    """Makes room for a file now: a memory-mapped one that runs out of disk kills the process."""
+    if not hasattr(os, "posix_fallocate"):
+        os.truncate(file, size)
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        raise ValueError(
+            f"the features need {size / 1e9:.1f} GB in {str(folder)!r}, which has "
+            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB: raise cache_gb, or name another folder"
+        ) from error
 
 
 def gather(share: FeatureCache, whole: FeatureCache | None, fabric: Fabric, batch_size: int = 32) -> None:

@@ -78,7 +78,7 @@ def position_maps(
                 f"{tuple(values.shape)}; expected a finite map of shape {tuple(y.shape)} that is not constant"
             )
         values = (values - values.min()) / (values.max() - values.min())
-        maps.append(2 * values - 1 if scale == "paper" and target in ("HS", "VS") else values)
+        maps.append(2 * values - 1 if scale == "paper" and _has_stripes(target) else values)
     return torch.stack(maps).float()
 
 
@@ -102,4 +102,10 @@ def shuffled(target: Target, cells: int) -> Target:
         return F.interpolate(means[order].view(1, 1, cells, cells), y.shape, mode="bilinear")[0, 0]
 
     control.__name__ = f"{target_name(target)} shuffled"
+    control.stripes = _has_stripes(target)  # type: ignore[attr-defined]
     return control
+
+
+def _has_stripes(target: Target) -> bool:
+    """Whether the paper's scale of the target is [-1, 1]: the stripes, and their permutations."""
+    return target in ("HS", "VS") or getattr(target, "stripes", False)

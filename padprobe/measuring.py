@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from padprobe.features import FeatureCache, FeatureReader, Progress, gather
 from padprobe.maps import Target, position_maps, shuffled, target_name
 from padprobe.readout.posenet import PosENet, readout_side, train_readouts
 from padprobe.readout.ridge import GRAM_LIMIT_GB, RidgeReadout, RidgeStatistics, gram_gb, solve, solve_by_gradients
-from padprobe.readout.variance import PositionVariance, eta_squared
+from padprobe.readout.variance import PositionVariance
 from padprobe.readout.variants import Readout
 from padprobe.results import COLUMNS, PROFILE, Results
 from padprobe.scores import BorderProfile, rings, score_maps, standard_ranks, summarize
@@ -98,6 +99,7 @@ class Measured:
         plan: what was asked for.
         scores: SPC, MAE, nMAE and constant by (key, stimulus): each (n, T), or (n, 2T) with the permuted targets.
         rings: the headline's SPC and MAE by stimulus: each (n, T, rings).
+        eta2: by (stimulus, stage): the value, its interval, and the number of images.
         maps: see :class:`~padprobe.results.Results`, without the run's name.
         reach: the cells of each stage that padding reaches, bool (h, w).
     """
@@ -105,12 +107,13 @@ class Measured:
     plan: Plan
     scores: dict[tuple[Key, str], dict[str, Tensor]] = field(default_factory=dict)
     rings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    eta2: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
+    eta2: dict[tuple[str, str], tuple[float, float, float, int]] = field(default_factory=dict)
     maps: dict[str, np.ndarray] = field(default_factory=dict)
     reach: dict[str, Tensor] = field(default_factory=dict)
 
     def results(self, labels: Mapping[str, Any]) -> Results:
-        """Tidy rows, the border profile and the maps."""
+        """Tidy rows, the border profile and the maps. A ridge readout's ``gap`` is its SPC minus that of the trained
+        readout of the same features: what the training left undone."""
         names = self.plan.names
         rows: list[dict[str, Any]] = []
         for (key, stimulus), scores in self.scores.items():
@@ -118,11 +121,14 @@ class Measured:
             if self.plan.selectivity:
                 own["selectivity"] = own["spc"] - scores["spc"][:, len(names) :]
             common = {**describe(key), **labels, "stimulus": stimulus}
+            trained = (dataclasses.replace(key[0], kind="posenet"), self.plan.seeds[0]), stimulus
+            if key[0].kind == "ridge" and trained in self.scores:
+                own["gap"] = own["spc"] - self.scores[trained]["spc"][:, : len(names)]
             rows += [{**common, **row} for row in summarize(own, names)]
         variance = {"seed": self.plan.seeds[0], **labels, "readout": "variance"}
-        for (stimulus, stage), (value, n) in self.eta2.items():
-            more = {"stages": stage, "stimulus": stimulus, "target": "", "metric": "eta2", "value": value, "n": n}
-            rows.append({**variance, **more})
+        for (stimulus, stage), (value, low, high, n) in self.eta2.items():
+            more = {"stages": stage, "stimulus": stimulus, "target": "", "metric": "eta2", "value": value}
+            rows.append({**variance, **more, "ci_low": low, "ci_high": high, "n": n})
         for stage, mask in self.reach.items():
             more = {
                 "stages": stage,
@@ -149,16 +155,18 @@ class Measured:
                 for row in summarize({name: scores[..., i] for name, scores in values.items()}, plan.names):
                     yield {**headline, **place, **row}
         variance = {"seed": plan.seeds[0], **labels, "readout": "variance", "target": ""}
-        for (stimulus, stage), (_, n) in self.eta2.items():
+        for (stimulus, stage), (*_, n) in self.eta2.items():
             if stage != "all":
                 found = torch.from_numpy(self.maps[f"{stimulus}/{stage}/eta2"])
-                for distance, value in _by_distance(found, 1.0, width):
-                    place = {"stimulus": stimulus, "stages": stage, "distance": distance}
+                for i, value in enumerate(_by_ring(found, 1.0)):
+                    # the outermost points of the aligned grid lie on the image's border
+                    place = {"stimulus": stimulus, "stages": stage, "distance": i * plan.image_size / (plan.grid - 1)}
                     yield {**variance, **place, "metric": "eta2", "value": value, "n": n}
         for stage, mask in self.reach.items():
             cell = plan.image_size / mask.shape[-1]
-            for distance, value in _by_distance(mask.float(), max(width / cell, 1.0), cell):
-                place = {"stimulus": "", "stages": stage, "distance": distance}
+            step = max(width / cell, 1.0)
+            for i, value in enumerate(_by_ring(mask.float(), step)):
+                place = {"stimulus": "", "stages": stage, "distance": (i + 0.5) * step * cell}
                 yield {**variance, "readout": "", **place, "metric": "reach", "value": value}
 
 
@@ -175,10 +183,9 @@ def describe(key: Key) -> dict[str, Any]:
     }
 
 
-def _by_distance(cells: Tensor, width: float, pixels: float) -> Iterator[tuple[float, float]]:
-    """Means of a map of cells over rings ``width`` cells wide: (distance to the border in pixels, mean)."""
-    for i, ring in enumerate(rings(cells.shape[0], cells.shape[1], width)):
-        yield (i + 0.5) * width * pixels, cells.flatten()[ring].mean().item()
+def _by_ring(cells: Tensor, width: float) -> list[float]:
+    """Means of a map of cells (h, w) over rings ``width`` cells wide, from the border inwards."""
+    return [cells.flatten()[ring].mean().item() for ring in rings(cells.shape[0], cells.shape[1], width)]
 
 
 def measure(
@@ -190,12 +197,16 @@ def measure(
     cache_dir: str | Path | None,
     progress: Progress | None,
 ) -> Measured:
-    """Makes the readouts on the training images and scores them on each test set: one pass over either."""
+    """Makes the readouts on the training images and scores them on each test set: one pass over either.
+
+    In full float32: a GPU's TF32 would put differences of 1e-3 between it and a CPU.
+    """
     channels = {readout: _channels(reader, readout) for readout in plan.readouts}
-    readouts = _fit(reader, plan, channels, train, cache_gb, cache_dir, progress)
     measured = Measured(plan)
-    for name, images in test.items():
-        _score(measured, reader, readouts, channels, name, images, progress)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
+        readouts = _fit(reader, plan, channels, train, cache_gb, cache_dir, progress)
+        for name, images in test.items():
+            _score(measured, reader, readouts, channels, name, images, progress)
     return measured
 
 
@@ -244,6 +255,7 @@ def _fit(
         width = _width(channels[readout])
         if readout.kind == "ridge" and gram_gb(width, readout.kernel_size) <= GRAM_LIMIT_GB:
             streamed[readout] = RidgeStatistics(width, readout.kernel_size, plan.grid).to(reader.device)
+            streamed[readout].sync_on_compute = fabric.world_size > 1  # not with processes that this run knows not of
     cached = [key for key in plan.keys if key[0] not in streamed]
     cache = None
     what = "encoder pass"
@@ -263,7 +275,7 @@ def _fit(
     for readout, statistics in streamed.items():
         found[readout, plan.seeds[0]] = solve(statistics, plan.all_names(readout), plan.maps(readout))
     if cache is not None:
-        cache.check()
+        cache.check(fabric)
         whole: FeatureCache | None = cache
         if fabric.world_size > 1:
             first = fabric.global_rank == 0
@@ -305,7 +317,7 @@ def _fit_cached(
         found.update(trained)
     for module in found.values():
         if fabric.world_size > 1:
-            module.load_state_dict(fabric.broadcast(module.state_dict()))
+            module.load_state_dict(fabric.broadcast({k: v.cpu() for k, v in module.state_dict().items()}))
     for readout, seed in keys:
         if readout.kind == "ridge":
             found[readout, seed] = _solve_cached(cache, readout, device, plan, channels[readout], fabric, progress)
@@ -362,11 +374,12 @@ def _score(
     count = len(plan.targets)
     profile = BorderProfile(maps[headline][:count], plan.image_size / plan.grid)
     variance = PositionVariance(reader.width, plan.grid).to(reader.device)
+    variance.sync_on_compute = fabric.world_size > 1
     scores = {key: {m: torch.zeros(n, len(maps[key])) for m in ("spc", "mae", "nmae", "constant")} for key in readouts}
     in_rings = {m: torch.zeros(n, count, len(profile.rings)) for m in ("spc", "mae")}
     sums = torch.zeros(2, *maps[headline][:count].shape, device=reader.device)
     for index, features in reader.batches(images, stimulus, progress):
-        variance.update(features, index % 2)
+        variance.update(features, index)
         for key, module in readouts.items():
             with torch.inference_mode():
                 prediction = module(_select(features, channels[key[0]]))
@@ -392,9 +405,8 @@ def _score(
         for name, mean in zip(plan.names, values, strict=True):
             measured.maps[f"{stimulus}/{name}/{kind}"] = mean.numpy()
     if n >= 2:
-        explained, spread, _ = variance.compute()
         for stage, part in {**reader.channels, "all": slice(0, reader.channels["rgb"].start)}.items():
-            cells = eta_squared(explained[part], spread[part])
-            measured.eta2[stimulus, stage] = (cells.mean().item(), n)
+            cells = variance.eta_squared(part)
+            measured.eta2[stimulus, stage] = (cells.mean().item(), *variance.interval(part), n)
             if stage != "all":
                 measured.maps[f"{stimulus}/{stage}/eta2"] = cells.float().cpu().numpy()

@@ -49,15 +49,20 @@ def set_padding(module: nn.Module, mode: str) -> nn.Module:
     Source: paper, section 4.3.
     """
     check_name(mode, PADDING_MODES, "padding mode")
+    _refuse_fixed(module, mode)
+    for layer in module.modules():
+        _set_layer(layer, mode)
+    return module
+
+
+def _refuse_fixed(module: nn.Module, mode: str) -> None:
+    """Raises ValueError, naming the layer, where one pads in a way that cannot be changed."""
     for name, layer in module.named_modules():
         if isinstance(layer, PAD_LAYERS) or (isinstance(layer, nn.Conv2d) and "same" in type(layer).__name__.lower()):
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__}, whose padding cannot be set to {mode!r}: "
                 "use a network whose convolutions pad themselves (nn.Conv2d(..., padding=...))"
             )
-    for layer in module.modules():
-        _set_layer(layer, mode)
-    return module
 
 
 def list_padding(module: nn.Module) -> list[LayerPadding]:
@@ -79,33 +84,38 @@ def padding_reach(encoder: nn.Module, stages: Sequence[str], image_size: int = 2
     """Which cells of each stage have padding in their receptive field: bool (h, w) by layer name.
 
     A mark that starts in the padding of every layer is carried through the network by one forward pass in which each
-    convolution and pooling layer passes it to all cells whose window holds it. Gates and norms over a whole map are
-    taken as local. VGG16 at 224 px: .035, .104, .325, .673, .980 of the cells of f1..f5.
+    convolution and pooling layer passes it to all cells whose window holds it. What comes before the first convolution
+    has no mark; gates and norms over a whole map are taken as local. VGG16 at 224 px: .035, .104, .325, .673, .980 of
+    the cells of f1..f5.
 
     Args:
-        encoder: in evaluation mode, with any padding that :func:`list_padding` sees.
+        encoder: with any padding that :func:`list_padding` sees, or a convolution works out for itself. It is left as
+            it was.
         stages: dotted layer names.
         image_size: side of the image in pixels.
     """
     found: dict[str, Tensor] = {}
+    begun = False  # the image, however it is normalised, has no mark
 
     def spread(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not (isinstance(output, Tensor) and args and isinstance(args[0], Tensor) and args[0].ndim >= 2):
+        nonlocal begun
+        windowed, pads = isinstance(module, (nn.Conv2d, *_POOLS)), isinstance(module, PAD_LAYERS)
+        if not isinstance(output, Tensor) or not (args and isinstance(args[0], Tensor)):
             return None
-        mark = (args[0] != 0).to(args[0].dtype)
-        if output.shape == mark.shape and not isinstance(module, (nn.Conv2d, *_POOLS)):
+        if not (begun or windowed or pads):
+            return None
+        mark = (args[0] != 0).to(args[0].dtype) if begun else torch.zeros_like(args[0])
+        begun = True
+        if output.shape == mark.shape and not windowed:
             return mark
         if isinstance(module, nn.Linear):
             return mark.amax(-1, keepdim=True).expand(output.shape).clone()
         if mark.ndim != 4 or output.ndim != 4:
             return None
         mark = mark.amax(1, keepdim=True)
-        if isinstance(module, (nn.Conv2d, *_POOLS)):
-            down, right = _pixels(module, module.padding) if hasattr(module, "padding") else (0, 0)
-            mark = F.pad(mark, (right, right, down, down), value=1.0)
-            ceil = getattr(module, "ceil_mode", False)
-            mark = F.max_pool2d(mark, module.kernel_size, module.stride, 0, getattr(module, "dilation", 1), ceil)
-        elif isinstance(module, PAD_LAYERS):
+        if windowed:
+            mark = _widen(mark, module, output.shape[-2:])
+        elif pads:
             mark = F.pad(mark, module.padding, value=1.0)  # type: ignore[arg-type]
         else:
             mark = F.adaptive_max_pool2d(mark, output.shape[-2:])
@@ -117,24 +127,45 @@ def padding_reach(encoder: nn.Module, stages: Sequence[str], image_size: int = 2
 
         return hook
 
-    first = next(encoder.parameters())
+    first = next(encoder.parameters(), torch.zeros(()))
     channels = next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), 3)
-    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-    layers = [m for m in encoder.modules() if isinstance(m, norms) or not any(m.children())]
+    whole = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)  # whatever layers they hold
+    layers = [m for m in encoder.modules() if isinstance(m, whole) or not any(m.children())]
     handles = [layer.register_forward_hook(spread) for layer in layers]
     handles += [encoder.get_submodule(stage).register_forward_hook(keep(stage)) for stage in stages]
+    modes = {module: module.training for module in encoder.modules()}
     try:
+        encoder.eval()
         with torch.no_grad():
             encoder(torch.zeros(1, channels, image_size, image_size, device=first.device, dtype=first.dtype))
     finally:
         for handle in handles:
             handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
     return found
+
+
+def _widen(mark: Tensor, layer: Any, size: Sequence[int]) -> Tensor:
+    """The cells of a layer's output, of this size, whose window holds a mark or padding: (B, 1, h, w)."""
+    kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
+    dilation = _pair(getattr(layer, "dilation", 1))
+    pads: list[int] = []
+    for axis in (1, 0):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        # what the last window needs in all; a layer that pads "same" says no amount, and puts the odd pixel last
+        needed = max((size[axis] - 1) * stride[axis] + reach - mark.shape[2 + axis], 0)
+        own = 0 if layer.padding == "same" else _pixels(layer, layer.padding)[axis]
+        before = own or needed // 2
+        pads += [before, max(needed - before, 0)]
+    return F.max_pool2d(F.pad(mark, pads, value=1.0), kernel, stride, 0, dilation)[..., : size[0], : size[1]]
 
 
 @contextmanager
 def as_built(module: nn.Module, mode: str = "zeros") -> Iterator[None]:
     """While open, ``module`` pads as it was built to (or in another mode), whatever :func:`set_padding` made of it."""
+    if mode != "zeros":
+        _refuse_fixed(module, mode)
     attributes = ("padding", "padding_mode", "_reversed_padding_repeated_twice")
     layers = [layer for layer in module.modules() if mode != "zeros" or hasattr(layer, _ORIGINAL)]
     before = [{a: getattr(layer, a) for a in attributes if hasattr(layer, a)} for layer in layers]

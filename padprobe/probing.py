@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from padprobe.encoders import load_encoder, untrained_twin
 from padprobe.features import FeatureReader, Progress
-from padprobe.maps import TARGETS, Target, position_maps
+from padprobe.maps import TARGETS, Target, position_maps, target_name
 from padprobe.measuring import Measured, Plan, describe, measure
 from padprobe.padding import as_built, list_padding, padding_reach
 from padprobe.readout.posenet import readout_side
@@ -83,15 +84,19 @@ def probe_encoder(
         seeds: of the readouts and their order of images, one training each; the first also of the samples of images
             and the generated stimuli.
         untrained: number of untrained twins; each costs as much as the encoder itself. delta = SPC - mean SPC(twins).
+            None for an encoder that is labelled ``weights="untrained"``. BatchNorms of untrained encoders take the
+            statistics of the first training images, as they would in a training.
         twin: called with a seed, gives an untrained encoder of the same architecture and padding. Default:
             :func:`~padprobe.encoders.untrained_twin`.
         selectivity: read out a permuted target too, see :func:`padprobe.maps.shuffled`: selectivity = SPC - its SPC.
         context: take images larger than S, with the surroundings that the encoder would need to do without padding (404
             px for VGG16 at 224). The encoder sees their centre, as if they were S px; a further run, "valid+context",
             shows all of them to the encoder without padding, and crops its stages to the padded ones' geometry.
+            Stimuli are named with their size then, for they are others than without.
         limit_train, limit_test: use at most so many images, a random sample.
         num_workers: processes that read images.
-        cache_gb: memory for the training images' features (2.3 MB an image for VGG16); above it they go to a file.
+        cache_gb: memory for the training images' features (2.3 MB an image for VGG16); above it they go to a file. Of
+            several processes each keeps its share, and the first all of them too.
         cache_dir: where that file lies; default: the system's folder for temporary files.
         fabric: Lightning's Fabric, launched, for a choice of devices: the images are shared out among its processes,
             and all get the results. Default: one GPU where there is one, or else the CPU.
@@ -100,8 +105,9 @@ def probe_encoder(
 
     Returns:
         :class:`~padprobe.results.Results`: for every readout, seed, stimulus and target rows of spc, mae, nmae,
-        selectivity, delta (95% bootstrap interval over images) and the number of constant predictions; eta2 and the
-        part of a stage's cells that padding reaches; the headline's scores by distance to the border; mean maps.
+        selectivity, delta and, of a ridge readout beside the trained one, gap (95% bootstrap interval over images) and
+        the number of constant predictions; eta2 (jackknife interval) and the part of a stage's cells that padding
+        reaches; the headline's scores by distance to the border; mean maps.
 
     Raises:
         ValueError: naming the unknown target, stage or layer, the empty folder, the unreadable image, or the image size
@@ -111,70 +117,133 @@ def probe_encoder(
     """
     labels = dict(labels or {})
     if isinstance(encoder, (str, Path)):
-        labels = {"run": Path(encoder).stem, "encoder": str(encoder), "weights": "untrained", **labels}
+        weights = "trained" if str(encoder).endswith(".ckpt") else "untrained"
+        labels = {"run": Path(encoder).stem, "encoder": str(encoder), "weights": weights, **labels}
         encoder = load_encoder(str(encoder))
-    if labels.get("weights") == "untrained":
-        untrained = 0  # it is its own twin
+    labels = {"run": "", "padding": padding_of(encoder), **labels}
+    if normalize:
+        labels["encoder"] = f"{labels.get('encoder', '')} on normalised images".strip()
+    blank = labels.get("weights") == "untrained"
+    if blank:
+        encoder, untrained = copy.deepcopy(encoder), 0  # it is its own twin
     fabric = fabric or Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
     layers = _layers(encoder, stages, image_size)
     shown, sides = context_size(encoder, image_size, layers) if context else (image_size, None)
-    variants = with_controls(readouts, [f"f{i + 1}" for i in range(len(layers))])
-    for readout in variants:
-        readout_side(readout.kernel_size, readout.depth, readout.padding, grid)
-    position_maps(image_size, targets)
-    plan = Plan(tuple(variants), tuple(targets), image_size, grid, epochs, batch_size, tuple(seeds), selectivity)
+    plan = _plan(readouts, layers, targets, image_size, grid, epochs, batch_size, seeds, selectivity)
     if test is None:
         test = {"dead_leaves": "dead_leaves", "black": "black", "white": "white", "noise": "noise"}
     train_images = load_images(train, shown, limit_train, seeds[0])
     # another seed: generated test stimuli are not those of the training
-    test_images = {name: load_images(source, shown, limit_test, seeds[0] + 1) for name, source in test.items()}
+    place = f" ({shown} px)" if context else ""
+    test_images = {name + place: load_images(source, shown, limit_test, seeds[0] + 1) for name, source in test.items()}
+    if len(train_images) < 5 and any(readout.kind == "ridge" for readout in plan.readouts):
+        raise ValueError(
+            f"{len(train_images)} training image(s) and a ridge readout, which is fitted on four in five and chosen on "
+            "the fifth; expected 5 or more: use more images, or leave ridge out"
+        )
 
-    def run(network: nn.Module, plan: Plan, what: str = "", sides: list[int] | None = None) -> Measured:
-        say = progress and (lambda step, done, total: progress(f"{what}{step}", done, total))
-        arguments = (grid, image_size, shown, sides, normalize, batch_size, num_workers, fabric)
-        with FeatureReader(network, layers, *arguments) as reader:
+    def run(
+        network: nn.Module, plan: Plan, what: str = "", sides: list[int] | None = None, new: bool = False
+    ) -> Measured:
+        reader = FeatureReader(
+            network,
+            layers,
+            grid=grid,
+            image_size=image_size,
+            shown=shown,
+            sides=sides,
+            normalize=normalize,
+            batch_size=batch_size,
+            workers=num_workers,
+            fabric=fabric,
+        )
+        masks = {} if sides else padding_reach(network, layers, image_size)
+        with reader:
+            if new:
+                reader.settle(train_images)
+            if sides:
+                _check_blind(reader)
+            say = progress and (lambda step, done, total: progress(f"{what}{step}", done, total))
             found = measure(reader, plan, train_images, test_images, cache_gb, cache_dir, say)
-            if not sides:
-                masks = padding_reach(network, layers, image_size)
-                found.reach = {f"f{i + 1}": masks[layer] for i, layer in enumerate(layers)}
+        found.reach = {f"f{i + 1}": masks[layer] for i, layer in enumerate(layers) if layer in masks}
         return found
 
-    labels = {"run": "", "padding": padding_of(encoder), **labels}
-    main = run(encoder, plan)
+    main = run(encoder, plan, new=blank)
     parts = [main.results(labels)]
     if context:
         with as_built(encoder, "valid"):
             unpadded = run(encoder, plan, "valid + context: ", sides)
         parts.append(unpadded.results(_relabel(labels, "padding", "valid+context")))
-    blanks = []
+    twins = []
     for seed in range(untrained):
-        blank = twin(seed) if twin else untrained_twin(encoder, seed)
-        blanks.append(
-            run(blank, dataclasses.replace(plan, seeds=plan.seeds[:1]), f"untrained {seed + 1}/{untrained}: ")
-        )
-        found = blanks[-1].results({**_relabel(labels, "weights", "untrained"), "task": "untrained", "seed": seed})
+        network = twin(seed) if twin else untrained_twin(encoder, seed)
+        once = dataclasses.replace(plan, seeds=plan.seeds[:1])
+        twins.append(run(network, once, f"untrained {seed + 1}/{untrained}: ", new=True))
+        found = twins[-1].results({**_relabel(labels, "weights", "untrained"), "task": "untrained", "seed": seed})
         found.maps = {}  # their name is the same for every seed
         parts.append(found)
-    if blanks:
-        parts.append(_deltas(main, blanks, labels))
+    if twins:
+        parts.append(_deltas(main, twins, labels))
     return Results.join(parts)
 
 
+def _plan(
+    readouts: Sequence[Readout],
+    layers: Sequence[str],
+    targets: Sequence[Target],
+    image_size: int,
+    grid: int,
+    epochs: int,
+    batch_size: int,
+    seeds: Sequence[int],
+    selectivity: bool,
+) -> Plan:
+    """What to read out, checked."""
+    for what, given in (("readouts", readouts), ("targets", targets), ("seeds", seeds)):
+        if not given:
+            raise ValueError(f"{what} is empty; expected at least one")
+    names = [target_name(target) for target in targets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"targets {', '.join(names)} share a name: give each function a __name__ of its own")
+    position_maps(image_size, targets)
+    variants = with_controls(readouts, [f"f{i + 1}" for i in range(len(layers))])
+    for readout in variants:
+        readout_side(readout.kernel_size, readout.depth, readout.padding, grid)
+    return Plan(tuple(variants), tuple(targets), image_size, grid, epochs, batch_size, tuple(seeds), selectivity)
+
+
+def _check_blind(reader: FeatureReader) -> None:
+    """Raises ValueError where an encoder that should have no padding is not blind on a constant image."""
+    features = reader.features(torch.full((1, 3, reader.shown, reader.shown), 0.5))[0]
+    for name, part in reader.channels.items():
+        values = features[part]
+        spread = (values.amax((1, 2)) - values.amin((1, 2))).max()
+        if spread > 1e-3 * values.abs().max():
+            raise ValueError(
+                f"without padding, stage {name} of {type(reader.encoder).__name__} still varies over a constant image, "
+                f"by {spread:.3g}: it pads in its forward(), where set_padding cannot reach. Leave `context` out"
+            )
+
+
 def _relabel(labels: dict[str, Any], column: str, value: str) -> dict[str, Any]:
-    """The labels of a control: one column's value is another, in the run's name too."""
+    """The labels of a control: one column's value is another, and so is its last mention in the run's name."""
     run, old = str(labels["run"]), str(labels.get(column, ""))
-    run = run.replace(old, value) if old and old in run else f"{run} {value}".strip()
-    return {**labels, column: value, "run": run}
+    before, found, after = run.rpartition(old) if old else ("", "", run)
+    return {**labels, column: value, "run": f"{before}{value}{after}" if found else f"{run} {value}".strip()}
 
 
 def _deltas(main: Measured, twins: list[Measured], labels: dict[str, Any]) -> Results:
-    """Rows of delta = SPC - mean SPC of the untrained twins, image by image."""
+    """Rows of delta = SPC - mean SPC of the untrained twins, image by image; its interval takes the twins as given.
+
+    None for the image alone, which has no encoder.
+    """
     plan, rows = main.plan, []
     for (key, stimulus), scores in main.scores.items():
-        control = torch.stack([twin.scores[(key[0], plan.seeds[0]), stimulus]["spc"] for twin in twins]).mean(0)
-        delta = (scores["spc"] - control)[:, : len(plan.targets)]
-        common = {**describe(key), **labels, "stimulus": stimulus}
-        rows += [{**common, **row} for row in summarize({"delta": delta}, plan.names)]
+        if key[0].stages != "rgb":
+            control = torch.stack([twin.scores[(key[0], plan.seeds[0]), stimulus]["spc"] for twin in twins]).mean(0)
+            delta = (scores["spc"] - control)[:, : len(plan.targets)]
+            common = {**describe(key), **labels, "stimulus": stimulus}
+            rows += [{**common, **row} for row in summarize({"delta": delta}, plan.names)]
     return Results(pd.DataFrame(rows).reindex(columns=list(COLUMNS)))
 
 
@@ -182,9 +251,7 @@ def _layers(encoder: nn.Module, stages: str | Sequence[str], image_size: int) ->
     if not isinstance(stages, str):
         return list(stages)
     if stages not in ("auto", "paper"):
-        raise ValueError(
-            f"stages is {stages!r}; expected 'auto', 'paper' or a list of layer names such as [{stages!r}]"
-        )
+        raise ValueError(f"stages is {stages!r}; expected 'auto', 'paper' or a list of layers such as [{stages!r}]")
     return (find_stages if stages == "auto" else paper_stages)(encoder, image_size)
 
 

@@ -144,13 +144,13 @@ class BorderProfile:
         self.ranks = [standard_ranks(self.target[:, ring, None]) for ring in self.rings]
 
     def score(self, prediction: Tensor) -> dict[str, Tensor]:
-        """``spc`` and ``mae`` of predictions (B, T, H, W): each (B, T, rings); SPC is 0 where the whole prediction is
-        constant, see :func:`is_constant`."""
+        """``spc`` and ``mae`` of predictions (B, T, H, W), each (B, T, rings); SPC is 0 where the prediction is
+        constant on the ring, measured by the range of the whole target as :func:`is_constant` does."""
         flat = prediction.float().flatten(2)
-        constant = is_constant(flat[..., None], self.target[..., None])
         spc, mae = [], []
         for ring, ranks in zip(self.rings, self.ranks, strict=True):
             part = flat[..., ring]
+            constant = is_constant(part[..., None], self.target[..., None])
             spc.append(torch.where(constant, 0.0, (standard_ranks(part[..., None]) * ranks).sum(-1)).float())
             mae.append((part - self.target[:, ring]).abs().mean(-1))
         return {"spc": torch.stack(spc, -1), "mae": torch.stack(mae, -1)}
@@ -211,7 +211,7 @@ def _resamples(n: int) -> np.ndarray:
 def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[str, Any]]:
     """Per-image scores, as :class:`PositionScores` gives them, as one row a target and metric.
 
-    Rows have ``target``, ``metric`` (spc, mae, nmae: the mean over images; constant: the number of images), ``value``,
+    Rows have ``target``, ``metric`` (the mean over images; of ``constant`` the number of images), ``value``,
     ``ci_low``, ``ci_high`` (95% percentile bootstrap over images, 1,000 resamples, NaN for a single image or a count)
     and ``n``.
     """

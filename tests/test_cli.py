@@ -35,8 +35,9 @@ def probe(folder, *options):
 def test_probe_writes_results_and_a_report(folder, capsys):
     assert probe(folder, "--limit-train", "8", "--limit-test", "4", "--targets", "H", "G") == 0
     results = Results.load(folder.parent / "out")
-    assert set(results.rows.stimulus) == {"mine", "black", "white", "noise"}
-    assert set(results.rows[results.rows.readout == "posenet"].target) == {"H", "G"}
+    trained = results.rows[results.rows.readout == "posenet"]
+    assert set(trained.stimulus) == {"mine", "black", "white", "noise"}
+    assert set(trained.target) == {"H", "G"}
     assert results.rows[results.rows.stimulus == "mine"].n.max() == 4
     printed = capsys.readouterr().out
     assert "report:" in printed
@@ -46,7 +47,16 @@ def test_probe_writes_results_and_a_report(folder, capsys):
 def test_readouts_controls_and_processes_are_options(folder):
     data = folder.parent / "weights.pth"
     torch.save(load_encoder("torchvision:squeezenet1_1", seed=5).state_dict(), data)
-    more = ["--readout", "kernel_size=1,stages=f1", "--readout", "ridge,kernel_size=1", "--untrained", "2"]
+    more = [
+        "--readout",
+        "posenet",
+        "--readout",
+        "kernel_size=1,stages=f1",
+        "--readout",
+        "ridge,kernel_size=1",
+        "--untrained",
+        "2",
+    ]
     assert probe(folder, "--weights", str(data), *more, "--devices", "2", "--strategy", "ddp_spawn") == 0
     results = Results.load(folder.parent / "out")
     rows = results.rows[results.rows.metric == "spc"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from padprobe import find_stages, load_encoder
-from padprobe.encoders import find_encoder
+from padprobe.encoders import find_encoder, untrained_twin
 from padprobe.padding import list_padding
 
 
@@ -93,3 +93,19 @@ def test_the_encoder_of_a_task_is_the_one_that_lies_least_deep():
     )
     assert find_encoder(net) == "net.encoder"
     assert find_encoder(torch.nn.ReLU()) == ""
+
+
+def test_an_untrained_twin_keeps_the_architecture_and_padding_and_nothing_else():
+    encoder = load_encoder("torchvision:resnet18", padding="reflect", seed=1)
+    random = torch.get_rng_state()
+    twin = untrained_twin(encoder, 0)
+    assert torch.equal(random, torch.get_rng_state())
+    assert list_padding(twin) == list_padding(encoder)
+    for (name, mine), theirs in zip(encoder.named_parameters(), twin.parameters(), strict=True):
+        assert mine.shape == theirs.shape
+        assert "conv" not in name or not torch.equal(mine, theirs)
+    again, other = untrained_twin(encoder, 0), untrained_twin(encoder, 1)
+    assert torch.equal(twin.conv1.weight, again.conv1.weight)
+    assert not torch.equal(twin.conv1.weight, other.conv1.weight)
+    with pytest.raises(ValueError, match=r"layer '.*' \(CNBlock\) has parameters and no reset_parameters"):
+        untrained_twin(load_encoder("torchvision:convnext_tiny"), 0)

@@ -68,7 +68,7 @@ def test_a_cache_on_disk_is_the_cache_in_memory_and_leaves_no_file(tmp_path):
         cache = FeatureCache(9, 3, 5, budget, tmp_path, CPU)
         for index in torch.randperm(9).split(2):
             cache.write(index, features[index])
-        cache.check()
+        cache.check(Fabric(accelerator="cpu", devices=1))
         assert cache.where.endswith("in memory" if budget else "on disk")
         assert list(tmp_path.iterdir()) == []  # the file has no name even while it is in use
         read.append([cache.read(torch.tensor(index), out).clone() for index in ([8, 0, 3], [1, 7, 2, 4])])

@@ -52,6 +52,8 @@ def test_paper_scale_stretches_only_the_stripes():
     unit, paper = position_maps(50), position_maps(50, scale="paper")
     assert torch.equal(paper[:3], unit[:3])
     assert torch.allclose(paper[3:], 2 * unit[3:] - 1, atol=1e-6)
+    control = position_maps(50, [shuffled("H", 10), shuffled("VS", 10)], scale="paper")
+    assert control.amin((1, 2)).tolist() == [0, -1]
 
 
 def test_oblong_maps_cover_both_axes():

@@ -3,7 +3,7 @@ import torch
 import torchvision
 from torch import nn
 
-from padprobe import find_stages, set_padding
+from padprobe import find_stages, load_encoder, set_padding
 from padprobe.padding import PADDING_MODES, as_built, list_padding, padding_reach
 from padprobe.stages import StageTap
 
@@ -151,3 +151,25 @@ def test_padding_reaches_the_cells_that_change_with_the_values_in_it(architectur
         assert not (changed & ~mask).any()
         assert (changed & mask).sum() >= 0.95 * mask.sum()  # a max-pool or ReLU may hide a change
     assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_padding_that_a_layer_works_out_for_itself_reaches_too():
+    """torch's "same" and smp's Conv2dStaticSamePadding; and an encoder that normalises its input has no mark there."""
+    same = nn.Sequential(nn.Conv2d(3, 2, 3, padding="same"), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    assert padding_reach(same, ["1"], 10)["1"].sum() == 100 - 64
+    assert padding_reach(same, ["2"], 10)["2"].sum() == 25 - 9
+
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.same = same
+
+        def forward(self, image):
+            return self.same((image - 0.5) / 0.2)
+
+    assert padding_reach(Normalised(), ["same.1"], 10)["same.1"].sum() == 36
+    efficientnet = load_encoder("smp:efficientnet-b0")
+    first = find_stages(efficientnet, 64)[0]
+    mask = padding_reach(efficientnet, [first], 64)[first]
+    assert not mask[1:-1, 1:-1].all()
+    assert mask[-1].all() or mask[0].all()

@@ -3,8 +3,10 @@ import functools
 import pytest
 import torch
 from lightning.fabric import Fabric
+from torch import nn
 
 from padprobe import load_encoder, probe_encoder
+from padprobe.probing import _relabel
 from padprobe.readout.variants import Readout
 from padprobe.results import COLUMNS, PROFILE, Results
 
@@ -97,7 +99,7 @@ def test_normalisation_is_that_of_imagenet(vgg_options):
     encoder.register_forward_pre_hook(lambda m, args: seen.append(args[0]) if not args[0].is_meta else None)
     probe_encoder(encoder, images, {}, normalize=True, image_size=32, grid=8, epochs=1, untrained=0)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    assert torch.allclose(seen[0], (images - mean[:, None, None]) / std[:, None, None], atol=1e-6)
+    assert torch.allclose(seen[1], (images - mean[:, None, None]) / std[:, None, None], atol=1e-6)
 
 
 def test_bad_input_is_named_before_the_encoder_runs(vgg_options, tmp_path):
@@ -128,6 +130,9 @@ def test_images_of_another_size_are_named():
 TINY = {"image_size": 32, "grid": 8, "epochs": 2, "batch_size": 8, "limit_train": 25, "limit_test": 10}
 
 
+CONTEXT = "dead_leaves (50 px)"  # what the small VGG needs around 32 px
+
+
 @pytest.fixture(scope="module")
 def several():
     """Every kind of readout, two seeds, two untrained twins and the context control in one run."""
@@ -141,9 +146,9 @@ def test_one_more_readout_or_seed_changes_no_result(several):
     alone = probe_encoder(small_vgg(), readouts=[Readout(stages="f1+f3")], untrained=0, context=True, **TINY)
     for target in ("H", "G", "VS"):
         for stages in ("f1+f3", "rgb"):
-            expected = value(alone, "dead_leaves", target, stages=stages, padding="zeros")
+            expected = value(alone, CONTEXT, target, stages=stages, padding="zeros")
             same = {"stages": stages, "readout": "posenet", "kernel_size": 3, "depth": 1, "seed": 0}
-            assert value(several, "dead_leaves", target, run="vgg-random-zeros", **same) == expected
+            assert value(several, CONTEXT, target, run="vgg-random-zeros", **same) == expected
 
 
 def test_every_variant_is_there_with_its_control_and_nothing_twice(several):
@@ -169,24 +174,26 @@ def test_delta_is_the_difference_from_the_mean_twin(several):
         for stages in ("all", "f2"):
             mine = {"stages": stages, **same, "run": "vgg-random-zeros", "seed": 1}
             twins = [
-                value(several, "dead_leaves", target, stages=stages, **same, run="vgg-untrained-zeros", seed=seed)
+                value(several, CONTEXT, target, stages=stages, **same, run="vgg-untrained-zeros", seed=seed)
                 for seed in (0, 1)
             ]
-            delta = value(several, "dead_leaves", target, "delta", **mine)
-            expected = value(several, "dead_leaves", target, **mine) - sum(twins) / 2
+            delta = value(several, CONTEXT, target, "delta", **mine)
+            expected = value(several, CONTEXT, target, **mine) - sum(twins) / 2
             assert delta == pytest.approx(expected, abs=1e-6)
+    rgb = several.rows[(several.rows.metric == "delta") & (several.rows.stages == "rgb")]
+    assert rgb.empty  # the image alone has no encoder
     twin_rows = several.rows[several.rows.run == "vgg-untrained-zeros"]
     assert set(twin_rows.weights) == set(twin_rows.task) == {"untrained"}
     assert twins[0] != twins[1]
 
 
 def test_selectivity_is_what_a_readout_gets_right_beyond_a_permuted_target(several):
-    rows = several.rows[(several.rows.run == "vgg-random-zeros") & (several.rows.stimulus == "dead_leaves")]
+    rows = several.rows[(several.rows.run == "vgg-random-zeros") & (several.rows.stimulus == CONTEXT)]
     spc = rows[(rows.metric == "spc") & (rows.stages == "all")].value
     selectivity = rows[(rows.metric == "selectivity") & (rows.stages == "all")].value
     assert len(spc) == len(selectivity)
     ridge = {"readout": "ridge", "run": "vgg-random-zeros"}
-    chosen = [value(several, "dead_leaves", "H", metric, **ridge) for metric in ("spc", "selectivity")]
+    chosen = [value(several, CONTEXT, "H", metric, **ridge) for metric in ("spc", "selectivity")]
     assert chosen[0] > 0.4
     assert chosen[1] > 0.3
 
@@ -194,22 +201,19 @@ def test_selectivity_is_what_a_readout_gets_right_beyond_a_permuted_target(sever
 def test_with_real_context_the_unpadded_encoder_reads_no_position(several):
     run = {"run": "vgg-random-valid+context", "padding": "valid+context"}
     for target in ("H", "V", "G"):
-        assert abs(value(several, "dead_leaves", target, readout="ridge", **run)) < 0.2
-        assert value(several, "dead_leaves", target, readout="ridge", run="vgg-random-zeros") > 0.35
-    assert value(several, "black", "H", "constant", readout="ridge", **run) == 1
+        assert abs(value(several, CONTEXT, target, readout="ridge", **run)) < 0.2
+        assert value(several, CONTEXT, target, readout="ridge", run="vgg-random-zeros") > 0.35
+    assert value(several, "black (50 px)", "H", "constant", readout="ridge", **run) == 1
 
 
 def test_eta_squared_needs_no_readout_and_finds_the_padding(several):
     eta2 = {
-        run: value(several, "dead_leaves", "", "eta2", run=run)
-        for run in ("vgg-random-zeros", "vgg-random-valid+context")
+        run: value(several, CONTEXT, "", "eta2", run=run) for run in ("vgg-random-zeros", "vgg-random-valid+context")
     }
     assert eta2["vgg-random-zeros"] > 0.1
     assert abs(eta2["vgg-random-valid+context"]) < 0.05
-    cells = several.maps["vgg-random-zeros/dead_leaves/f3/eta2"]
-    assert cells.mean() == pytest.approx(
-        value(several, "dead_leaves", "", "eta2", "f3", run="vgg-random-zeros"), abs=1e-6
-    )
+    cells = several.maps[f"vgg-random-zeros/{CONTEXT}/f3/eta2"]
+    assert cells.mean() == pytest.approx(value(several, CONTEXT, "", "eta2", "f3", run="vgg-random-zeros"), abs=1e-6)
     reach = [value(several, "", "", "reach", f"f{i}", run="vgg-random-zeros") for i in (1, 2, 3)]
     assert 0 < reach[0] < reach[1] < reach[2] <= 1
 
@@ -220,13 +224,13 @@ def test_the_border_profile_is_tidy_and_adds_up(several):
     assert not profile.duplicated(
         ["run", "seed", "readout", "stages", "stimulus", "target", "metric", "distance"]
     ).any()
-    mine = profile[(profile.run == "vgg-random-zeros") & (profile.stimulus == "dead_leaves")]
+    mine = profile[(profile.run == "vgg-random-zeros") & (profile.stimulus == CONTEXT)]
     mae = mine[(mine.metric == "mae") & (mine.target == "H")].sort_values("distance")
     assert mae.distance.tolist() == [2.0, 6.0, 10.0, 14.0]
     pixels = torch.tensor([448.0, 320.0, 192.0, 64.0])  # of the rings of 32 x 32
     whole = (torch.tensor(mae.value.tolist()) * pixels).sum() / 1024
     headline = {"readout": "posenet", "kernel_size": 3, "depth": 1, "run": "vgg-random-zeros", "seed": 0}
-    assert whole == pytest.approx(value(several, "dead_leaves", "H", "mae", **headline), abs=1e-5)
+    assert whole == pytest.approx(value(several, CONTEXT, "H", "mae", **headline), abs=1e-5)
 
 
 def test_an_untrained_encoder_is_its_own_twin():
@@ -267,7 +271,9 @@ def test_two_processes_give_the_results_of_one(tmp_path):
         joined = ours.merge(theirs, on=keys, how="outer", suffixes=("", "_both"), indicator=True)
         assert (joined["_merge"] == "both").all()
         assert (joined.n.fillna(0) == joined.n_both.fillna(0)).all()
-        assert (joined.value - joined.value_both).abs().max() < 2e-3
+        difference = (joined.value - joined.value_both).abs()
+        assert difference.max() < 5e-3
+        assert not (difference[(joined.readout == "ridge") & (joined.kernel_size == 1)] > 5e-4).any()
         exact = joined[joined.metric.isin(["eta2", "reach", "constant"])]
         assert (exact.value - exact.value_both).abs().max() < 1e-6
     assert one.maps.keys() == both.maps.keys()
@@ -292,3 +298,44 @@ def test_real_vgg16_reads_out_as_the_paper_says_and_less_without_padding(data):
     assert all(score > 0.4 for score in scores["zeros"].values())
     assert scores["zeros"]["H"] > scores["valid"]["H"] + 0.15
     assert scores["zeros"]["G"] > scores["valid"]["G"] + 0.15
+
+
+def test_what_cannot_be_asked_for_is_named():
+    for options, message in (
+        ({"readouts": []}, "readouts is empty"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"targets": ["H", "H"]}, "share a name"),
+        ({"stages": "all"}, "stages is 'all'; expected 'auto', 'paper'"),
+        ({"readouts": [Readout("ridge")], "limit_train": 4}, r"4 training image\(s\) and a ridge readout"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe_encoder(small_vgg(), **{**TINY, **options})
+
+
+def test_context_needs_an_encoder_that_can_do_without_padding():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pool, self.second = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = self.pool(self.first(nn.functional.pad(x, (1, 1, 1, 1))).relu())
+            return self.second(nn.functional.pad(x, (1, 1, 1, 1)))
+
+    with pytest.raises(ValueError, match=r"still varies over a constant image, by .* pads in its forward"):
+        probe_encoder(Padded(), context=True, untrained=0, **TINY)
+    fixed = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1))
+    with pytest.raises(ValueError, match="layer '0' is a ZeroPad2d"):
+        probe_encoder(fixed, context=True, untrained=0, **TINY)
+
+
+def test_a_deep_untrained_residual_network_does_not_explode():
+    results = probe_encoder("torchvision:resnet152", targets=["H"], **{**TINY, "image_size": 64, "epochs": 1})
+    assert value(results, "dead_leaves", "", "eta2") > 0.01
+
+
+def test_controls_are_named_after_what_they_change():
+    labels = {"run": "vgg16-vgg16-zeros", "weights": "vgg16", "padding": "zeros"}
+    assert _relabel(labels, "weights", "untrained")["run"] == "vgg16-untrained-zeros"
+    assert _relabel(labels, "padding", "valid+context")["run"] == "vgg16-vgg16-valid+context"
+    assert _relabel({"run": ""}, "weights", "untrained") == {"run": "untrained", "weights": "untrained"}

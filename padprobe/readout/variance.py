@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+GROUPS = 10
+"""The images are dealt into so many groups, of which every other makes up each half: the interval leaves one out."""
 
 
 class PositionVariance(Metric):
@@ -14,7 +19,7 @@ class PositionVariance(Metric):
     spatially centred, eta2 = mean_p(m_A m_B) / Var(f): the noise of the two means is independent, so that the expected
     value is 0 where position explains nothing, however few images there are (single values may be slightly negative).
     Of several channels, eta2 is the ratio of the sums. Streaming; states sum across processes; the result depends
-    neither on the batch size nor, but for rounding, on the order of the images.
+    neither on the batch size nor, but for rounding, on the order in which images come.
 
     Args:
         in_channels: C.
@@ -30,45 +35,71 @@ class PositionVariance(Metric):
 
     def __init__(self, in_channels: int, grid: int = 28) -> None:
         super().__init__()
-        self.cells = grid * grid
-        zeros = torch.zeros(2, in_channels, grid, grid, dtype=torch.float64)
-        self.add_state("sums", zeros, dist_reduce_fx="sum")  # of each half, cell by cell
-        self.add_state("squares", torch.zeros(in_channels, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        sums = torch.zeros(GROUPS, in_channels, grid, grid, dtype=torch.float64)
+        self.add_state("sums", sums, dist_reduce_fx="sum")  # cell by cell
+        self.add_state("squares", torch.zeros(GROUPS, in_channels, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(GROUPS, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, features: Tensor, half: Tensor) -> None:
-        """Adds images: features (B, C, grid, grid), and the half, 0 or 1, that each belongs to: (B,)."""
-        for image, which in zip(features, half.tolist(), strict=True):
-            self.sums[which] += image
-            self.squares += image.flatten(1).square().sum(1, dtype=torch.float64)
-            self.images[which] += 1
+    def update(self, features: Tensor, index: Tensor) -> None:
+        """Adds images: features (B, C, grid, grid), and each one's place in its data set, (B,): half A has the even."""
+        for image, i in zip(features, index.tolist(), strict=True):
+            group = i % GROUPS
+            self.sums[group] += image
+            self.squares[group] += image.flatten(1).square().sum(1, dtype=torch.float64)
+            self.images[group] += 1
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What position explains, and the map of it.
+    def compute(self) -> dict[str, Tensor]:
+        """The sums of each group."""
+        return {"sums": self.sums, "squares": self.squares, "images": self.images}
 
-        Returns:
-            ``explained``: (C, grid, grid), the product m_A m_B of each channel and cell; its spatial mean is the
-            variance that position explains. ``variance``: (C,), each channel's whole variance. ``signal``: (C, grid,
-            grid), E[f(c, p)] over all images.
+    def signal(self) -> Tensor:
+        """The position-signal map E[f(c, p)]: (C, grid, grid)."""
+        state = self.compute()
+        return state["sums"].sum(0) / state["images"].sum()
+
+    def eta_squared(self, channels: slice = slice(None)) -> Tensor:
+        """eta2 of some channels together, cell by cell, (grid, grid): its mean is their eta2; 0 for constant channels.
 
         Raises:
             ValueError: where a half has no image.
         """
-        if not self.images.all():
+        halves, squares, images = self._halves(channels)
+        if not images.all():
             raise ValueError(
-                f"the two halves have {self.images.int().tolist()} images; expected one or more in each: use more"
+                f"the two halves have {images.int().tolist()} images; expected one or more in each: use more images"
             )
-        means = self.sums / self.images[:, None, None, None]
-        means -= means.mean((2, 3), keepdim=True)
-        signal = self.sums.sum(0) / self.images.sum()
-        variance = self.squares / (self.images.sum() * self.cells) - signal.mean((1, 2)).square()
-        return means[0] * means[1], variance.clamp_min(0), signal
+        return _eta_squared(halves, squares, images)
+
+    def interval(self, channels: slice = slice(None)) -> tuple[float, float]:
+        """95% interval over images of the channels' eta2: the jackknife over the groups; NaN for under 20 images."""
+        state = self.compute()
+        if state["images"].min() < 2:
+            return math.nan, math.nan
+        halves, squares, images = self._halves(channels)
+        value = _eta_squared(halves, squares, images).mean()
+        without = []
+        for group in range(GROUPS):
+            fewer, count = halves.clone(), images.clone()
+            fewer[group % 2] -= state["sums"][group, channels]
+            count[group % 2] -= state["images"][group]
+            without.append(_eta_squared(fewer, squares - state["squares"][group, channels], count).mean())
+        spread = 1.96 * ((GROUPS - 1) * torch.stack(without).var(correction=0)).sqrt()
+        return (value - spread).item(), (value + spread).item()
+
+    def _halves(self, channels: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of each half (2, C, grid, grid), squares (C,) and images of each half (2,)."""
+        state = self.compute()
+        halves, images = (
+            torch.stack([values[half::2].sum(0) for half in (0, 1)])
+            for values in (state["sums"][:, channels], state["images"])
+        )
+        return halves, state["squares"][:, channels].sum(0), images
 
 
-def eta_squared(explained: Tensor, variance: Tensor) -> Tensor:
-    """eta2 of some channels together, cell by cell: ``explained`` (C, grid, grid), ``variance`` (C,) -> (grid, grid).
-
-    The mean over cells is their eta2; 0 where the channels are constant.
-    """
-    total = variance.sum()
-    return explained.sum(0) / total if total > 0 else torch.zeros_like(explained[0])
+def _eta_squared(halves: Tensor, squares: Tensor, images: Tensor) -> Tensor:
+    means = halves / images[:, None, None, None]
+    means -= means.mean((2, 3), keepdim=True)
+    center = halves.sum(0).mean((1, 2)) / images.sum()
+    total = (squares / (images.sum() * halves.shape[-1] ** 2) - center.square()).clamp_min(0).sum()
+    explained = (means[0] * means[1]).sum(0)
+    return explained / total if total > 0 else torch.zeros_like(explained)
