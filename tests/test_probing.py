@@ -273,7 +273,8 @@ def test_two_processes_give_the_results_of_one(tmp_path):
         assert (joined.n.fillna(0) == joined.n_both.fillna(0)).all()
         difference = (joined.value - joined.value_both).abs()
         assert difference.max() < 5e-3
-        assert not (difference[(joined.readout == "ridge") & (joined.kernel_size == 1)] > 5e-4).any()
+        natural = ~joined.stimulus.isin(["black", "white"])  # whose features have ties that rounding breaks
+        assert not (difference[natural & (joined.readout == "ridge") & (joined.kernel_size == 1)] > 1e-5).any()
         exact = joined[joined.metric.isin(["eta2", "reach", "constant"])]
         assert (exact.value - exact.value_both).abs().max() < 1e-6
     assert one.maps.keys() == both.maps.keys()
