@@ -40,6 +40,7 @@ setup(
             "scipy-stubs",
             "types-PyYAML",
             "tensorboard>=2.17",
+            "wandb>=0.18",
         ],
     },
     entry_points={"console_scripts": ["padprobe = padprobe.cli:main"]},

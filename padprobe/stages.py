@@ -195,8 +195,8 @@ class StageTap:
         self.clear()
 
     def _hook(self, stage: str):
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self.active:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if self.active and isinstance(output, Tensor) and output.ndim == 4:
                 side = self._sides.get(stage, output.shape[-1])
                 self._caught[stage] = align(center_crop(output, side), self.grid)
 

@@ -277,7 +277,8 @@ def _train(cli: LightningCLI, cell: Cell, folder: Path, labels: dict[str, Any]) 
         for row in rows:
             row[column] = ""
     logged = pd.read_csv(folder / "training" / "metrics.csv")
-    keys = [key for key in map(str, logged) if key.startswith(("position/", "val/")) and key != "val/loss"]
+    keys = [key for key in map(str, logged) if key.startswith("val/") and key != "val/loss"]
+    keys += [key for key in map(str, logged) if key.startswith("position/") and key.count("/") == 2]  # not each stage
     points = logged.melt(id_vars="step", value_vars=keys).dropna(subset="value")
     points = points[points["step"] < cli.trainer.global_step]  # the test's scores are logged at the step after the last
     parts = points["variable"].str.split("/")

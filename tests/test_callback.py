@@ -1,16 +1,23 @@
+import copy
+import io
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 
 from padprobe import PositionProbeCallback, spearman
+from padprobe.maps import position_maps
+from padprobe.readout.online import small_readout
 from padprobe.stages import align
 from tests.conftest import Host
 
@@ -64,8 +71,8 @@ def test_logged_scores_are_those_of_the_readout_on_every_validation_image(tmp_pa
             x = layer(x)
             if i in (2, 5):  # the ReLU outputs before the pooling layer and at the end
                 aligned.append(align(x, 16))
-        maps = guest._readout.eval()(torch.cat(aligned, 1))
-    expected = spearman(maps, guest._readout.maps).mean(0)
+        maps = guest._probes[""].readout.eval()(torch.cat(aligned, 1))
+    expected = spearman(maps, guest._probes[""].readout.maps).mean(0)
     logged = torch.stack([run.callback_metrics[f"position/{t}/spc"] for t in TARGETS])
     assert torch.allclose(logged.double(), expected, atol=1e-5)
 
@@ -100,7 +107,7 @@ def test_its_state_travels_in_the_checkpoint(tmp_path, host, batches):
     second = probe()
     again = trainer(tmp_path, second)
     again.validate(Host(), batches, ckpt_path=tmp_path / "end.ckpt", verbose=False)
-    assert torch.equal(first._readout.weight, second._readout.weight)
+    assert torch.equal(first._probes[""].readout.weight, second._probes[""].readout.weight)
     for key in ("position/H/spc", "position/G/mae"):
         assert again.callback_metrics[key] == pytest.approx(run.callback_metrics[key].item(), abs=1e-6)
 
@@ -120,15 +127,15 @@ def test_resuming_goes_on_where_the_run_stopped(tmp_path, batches, monkeypatch):
     trainer(tmp_path, SaveAfterTwo(), probe(), max_epochs=4).fit(Host(), batches, batches)
     resumed = probe()
     trainer(tmp_path, resumed, max_epochs=4).fit(Host(), batches, batches, ckpt_path=tmp_path / "two.ckpt")
-    assert torch.allclose(whole._readout.weight, resumed._readout.weight, atol=1e-6)
-    assert resumed._steps == whole._steps
+    assert torch.allclose(whole._probes[""].readout.weight, resumed._probes[""].readout.weight, atol=1e-6)
+    assert resumed._probes[""].steps == whole._probes[""].steps
 
 
 def test_it_trains_on_every_nth_batch_only(tmp_path, host, batches):
     guest = probe(every_n_steps=4)
     trainer(tmp_path, guest, max_epochs=2).fit(host, batches, batches)
     assert guest._batches == 12
-    assert guest._steps == 3
+    assert guest._probes[""].steps == 3
 
 
 def test_two_probes_and_two_fits_are_fine(tmp_path, host, batches):
@@ -136,7 +143,7 @@ def test_two_probes_and_two_fits_are_fine(tmp_path, host, batches):
     assert guests[0].state_key != guests[1].state_key
     for _ in range(2):
         trainer(tmp_path, *guests, max_epochs=1).fit(host, batches, batches)
-    assert guests[0]._steps == 12
+    assert guests[0]._probes[""].steps == 12
     assert not any(m._forward_hooks for m in host.modules())
 
 
@@ -153,7 +160,8 @@ def test_a_host_whose_validation_goes_around_the_encoder_is_left_alone(tmp_path,
     run = trainer(tmp_path, probe())
     with pytest.warns(UserWarning, match="did not arrive"):
         run.fit(Around(), batches, batches)
-    assert not any(key.startswith("position/") for key in run.callback_metrics)
+    assert not any(key.endswith(("spc", "mae")) for key in run.callback_metrics)
+    assert run.callback_metrics["position/trouble"] == 6
 
 
 def test_features_that_are_not_finite_do_not_spoil_the_readout(tmp_path, host, batches):
@@ -167,8 +175,125 @@ def test_features_that_are_not_finite_do_not_spoil_the_readout(tmp_path, host, b
 
     guest = probe()
     trainer(tmp_path, guest).fit(Overflowing(), batches)
-    assert guest._steps == 12
-    assert all(p.isfinite().all() for p in guest._readout.state_dict().values())
+    assert guest._probes[""].steps == 12
+    assert all(p.isfinite().all() for p in guest._probes[""].readout.state_dict().values())
+
+
+class Frozen(Host):
+    """Learns nothing."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_delta_is_what_training_changed(tmp_path, batches):
+    """Of a host that learns nothing, on the same batch, it is 0; of one that loses its padding it is what was there."""
+
+    class Losing(Frozen):
+        def on_train_batch_end(self, *args):
+            self.encoder[0].padding = self.encoder[4].padding = (0, 0)
+
+    one = DataLoader(torch.utils.data.Subset(batches.dataset, range(16)), 16)
+    changes = {}
+    for kind in (Frozen, Losing):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, probe(), max_epochs=2)
+        run.fit(kind(), one, batches)
+        changes[kind] = {k: v.item() for k, v in run.callback_metrics.items() if k.endswith(("before", "delta"))}
+    assert len(changes[Frozen]) == 2 * len(TARGETS)
+    for target in TARGETS:
+        before, delta = f"position/{target}/before", f"position/{target}/delta"
+        assert changes[Frozen][delta] == pytest.approx(0, abs=1e-5)
+        assert changes[Frozen][before] == pytest.approx(changes[Losing][before], abs=1e-6)
+        if target in ("H", "V", "G"):
+            assert changes[Losing][before] > 0.4
+            assert changes[Losing][before] + changes[Losing][delta] == pytest.approx(0, abs=0.15)
+
+
+def test_before_is_of_the_first_batch_before_the_first_step(tmp_path, batches):
+    """Against the host's own features by hand, BatchNorm in training mode as in the step."""
+    torch.manual_seed(0)
+    host, x, aligned = Host(), batches.dataset.tensors[0][:8], []
+    with torch.no_grad():
+        for i, layer in enumerate(copy.deepcopy(host.encoder)):
+            x = layer(x)
+            if i in (2, 5):
+                aligned.append(align(x, 16))
+    expected = small_readout(torch.cat(aligned, 1), TARGETS, position_maps(32))
+    run = trainer(tmp_path, probe(), max_epochs=1)
+    run.fit(host, batches, batches)
+    logged = [run.callback_metrics[f"position/{target}/before"].item() for target in TARGETS]
+    assert logged == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_of_batches_too_small_for_it_there_is_no_delta(tmp_path, host, batches):
+    run = trainer(tmp_path, probe(), max_epochs=1)
+    run.fit(host, DataLoader(batches.dataset, 3), batches)
+    assert "position/H/spc" in run.callback_metrics
+    assert "position/H/delta" not in run.callback_metrics
+
+
+@pytest.mark.parametrize("options", [{}, {"readout": "ridge", "kernel_size": 1}], ids=["posenet", "ridge"])
+def test_each_stage_alone_is_what_a_probe_of_that_stage_gives(tmp_path, batches, options):
+    scores = []
+    for guest in (probe(each_stage=True, **options), probe(encoder="encoder", stages=["2"], **options)):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, guest)
+        run.fit(Host(), batches, batches)
+        scores.append(run.callback_metrics)
+    for target in TARGETS:
+        for metric in ("spc", "mae", "nmae"):
+            alone = scores[1][f"position/{target}/{metric}"].item()
+            assert scores[0][f"position/{target}/f1/{metric}"].item() == pytest.approx(alone, abs=1e-5)
+    assert {"position/H/f2/spc", "position/H/spc"} <= scores[0].keys()
+    assert "position/H/f3/spc" not in scores[0]
+
+
+def test_a_ridge_readout_reads_position_without_an_optimizer(tmp_path, batches):
+    scores = {}
+    for padding in (1, 0):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, probe(readout="ridge", kernel_size=1))
+        run.fit(Host(padding), batches, batches)
+        scores[padding] = run.callback_metrics["position/G/spc"].item()
+    assert scores[1] > 0.4
+    assert abs(scores[0]) < 0.1
+
+
+def test_the_progress_bar_has_one_line_of_it(tmp_path, host, batches):
+    run = trainer(tmp_path, probe(targets=["G", "H"], each_stage=True))
+    run.fit(host, batches, batches)
+    assert [key for key in run.progress_bar_metrics if key.startswith("position/")] == ["position/G/spc"]
+
+
+def test_predicted_maps_go_to_the_loggers_that_take_images(tmp_path, host, batches, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    loggers = [
+        CSVLogger(tmp_path, "csv", ""),
+        TensorBoardLogger(tmp_path, "tb", ""),
+        WandbLogger(save_dir=tmp_path, offline=True),
+    ]
+    guest = probe(targets=["H", "V"])
+    trainer(tmp_path, guest, logger=loggers).fit(host, batches, batches)
+    loggers[2].experiment.finish()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert {"position/maps", "position/content_loss"} <= set(events.Tags()["images"])
+    assert len(events.Images("position/maps")) == 2
+    shown = np.array(Image.open(io.BytesIO(events.Images("position/maps")[-1].encoded_image_string)))[..., 0]
+    assert shown.shape == (32, 64)
+    host.eval()
+    with torch.no_grad():
+        x, aligned = batches.dataset.tensors[0], []
+        for i, layer in enumerate(host.encoder):
+            x = layer(x)
+            if i in (2, 5):
+                aligned.append(align(x, 16))
+        maps = guest._probes[""].readout(torch.cat(aligned, 1)).mean(0)
+    assert np.abs(shown / 255 - torch.cat(list(maps), 1).numpy()).max() < 0.01
+    assert {path.name.split("_")[0] for path in tmp_path.rglob("wandb/**/media/images/position/*.png")} == {
+        "maps",
+        "content",
+    }
 
 
 @pytest.mark.parametrize(
@@ -192,6 +317,9 @@ def test_what_does_not_exist_is_named_before_training(tmp_path, host, batches, o
         ({"every_n_steps": 0}, "every_n_steps is 0"),
         ({"kernel_size": 2}, "kernel_size is 2"),
         ({"stages": "layer1"}, "'auto' or a list"),
+        ({"readout": "lasso"}, "unknown readout 'lasso'"),
+        ({"readout": "ridge", "depth": 2}, "depth is 2 and padding 0; a ridge readout has depth 1"),
+        ({"readout": "ridge", "forget": 0.0}, "forget is 0.0; expected a number above 0"),
     ],
 )
 def test_bad_options_are_named_at_once(options, message):
@@ -207,7 +335,7 @@ def test_a_stage_that_does_not_arrive_is_warned_about_and_the_host_goes_on(tmp_p
     guest = probe(encoder="encoder")
     with pytest.warns(UserWarning, match="did not arrive"):
         trainer(tmp_path, guest, max_epochs=1).fit(Moody(), batches, batches)
-    assert guest._steps == 5
+    assert guest._probes[""].steps == 5
 
 
 def test_validating_without_trained_readouts_says_so(tmp_path, host, batches):
@@ -221,7 +349,7 @@ def test_it_works_on_features_in_half_precision(tmp_path, host, batches):
     guest = probe()
     run = trainer(tmp_path, guest, precision="bf16-mixed")
     run.fit(host, batches, batches)
-    assert guest._readout.weight.dtype == torch.float32
+    assert guest._probes[""].readout.weight.dtype == torch.float32
     assert "position/H/spc" in run.callback_metrics
 
 

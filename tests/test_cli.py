@@ -1,3 +1,4 @@
+import inspect
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from padprobe import load_encoder
+from padprobe import PositionProbeCallback, load_encoder
 from padprobe.cli import main
 from padprobe.padding import list_padding
 from padprobe.results import Results
@@ -164,3 +165,25 @@ def test_help_needs_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in ("fit", "validate", "test", "probe", "study", "report"):
         assert command in result.stdout
+
+
+def test_every_option_of_the_callback_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "configs/quick/ss.yaml", "--trainer.callbacks.help", "padprobe.PositionProbeCallback"])
+    words = " ".join(capsys.readouterr().out.split())
+    for name in inspect.signature(PositionProbeCallback.__init__).parameters.keys() - {"self"}:
+        explained = re.search(rf"--trainer\.callbacks\.{name} (.*?)\(type", words)
+        assert explained, name
+        assert re.search("[a-z]{2,} [a-z]{2,}", explained[1]), name
+
+
+def test_the_callback_is_made_from_yaml(tmp_path, capsys):
+    """Any module, any of its options."""
+    config = yaml.safe_load(Path("configs/quick/ss.yaml").read_text())
+    options = {"image_size": 96, "readout": "ridge", "kernel_size": 1, "each_stage": True, "every_n_steps": 2}
+    config["trainer"]["callbacks"] = [{"class_path": "padprobe.PositionProbeCallback", "init_args": options}]
+    config["trainer"] |= {"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 1, "logger": False}
+    config["trainer"] |= {"enable_checkpointing": False, "enable_progress_bar": False}
+    config["data"]["init_args"] |= {"train": 32, "val": 16, "test": 16}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)]) == 0

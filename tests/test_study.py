@@ -80,7 +80,8 @@ def test_a_study_trains_probes_scores_and_runs_each_cell_once(study, tmp_path):
     black = rows[(rows.stimulus == "black") & (rows.metric == "spc")]
     assert black.value.abs().max() < 1e-9
     trajectory = results.trajectory
-    assert set(trajectory.metric) == {"spc", "mae", "nmae", "max F-measure", "adaptive F-measure", "MAE"}
+    of_position, of_task = {"spc", "mae", "nmae", "before", "delta"}, {"max F-measure", "adaptive F-measure", "MAE"}
+    assert set(trajectory.metric) == of_position | of_task
     assert sorted(trajectory[(trajectory.target == "H") & (trajectory.metric == "spc")].step) == [1, 3]
     assert "sod-valid/scenes/G/error" in results.maps
 

@@ -77,7 +77,7 @@ class PosENet(nn.Module):
         self.norm = nn.BatchNorm2d(len(weights))  # one channel a target: the same as a BatchNorm(1) each
 
         # Bilinear upsampling is linear and separable: full = up @ small @ up.T, so the squared error at full size is a
-        # quadratic form in the small map. See loss().
+        # quadratic form in the small map. See errors().
         up = F.interpolate(torch.eye(side)[None], size=size, mode="linear", align_corners=False)[0].T  # (size, side)
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("gram", up.T @ up, persistent=False)
@@ -88,14 +88,16 @@ class PosENet(nn.Module):
     maps: Tensor
     projected: Tensor
 
-    def predict_small(self, features: Tensor) -> Tensor:
-        """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side) in [0, 1]."""
+    def raw(self, features: Tensor) -> Tensor:
+        """What the convolutions give, before BatchNorm: (B, C, grid, grid) -> (B, T, side, side)."""
         if self.depth > 1:
             split = zip(self.hidden, self.weight[:, None], self.bias[:, None], strict=True)
-            raw = torch.cat([F.conv2d(h(features), w, b, padding=self.padding) for h, w, b in split], dim=1)
-        else:
-            raw = _conv_few(features, self.weight, self.padding) + self.bias[:, None, None]
-        return torch.sigmoid(self.norm(raw))
+            return torch.cat([F.conv2d(h(features), w, b, padding=self.padding) for h, w, b in split], dim=1)
+        return _conv_few(features, self.weight, self.padding) + self.bias[:, None, None]
+
+    def predict_small(self, features: Tensor) -> Tensor:
+        """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side) in [0, 1]."""
+        return torch.sigmoid(self.norm(self.raw(features)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Predicted position maps: (B, C, grid, grid) -> (B, T, size, size) in [0, 1]."""
@@ -104,14 +106,20 @@ class PosENet(nn.Module):
     def loss(self, features: Tensor) -> Tensor:
         """Mean squared error of each target's maps at full size: (B, C, grid, grid) -> (T,).
 
-        Equal to ``((forward(features) - maps) ** 2).mean((0, 2, 3))`` up to rounding, without the full-size maps: with
-        K = up' up and B = up' map up, |up P up' - map|^2 = <P, K P K> - 2 <P, B> + |map|^2.
+        Equal to ``((forward(features) - maps) ** 2).mean((0, 2, 3))`` up to rounding, see :meth:`errors`.
         """
-        small = self.predict_small(features)
+        return self.errors(self.predict_small(features)).mean(0)
+
+    def errors(self, small: Tensor) -> Tensor:
+        """Mean squared error at full size of each small map P: (B, T, side, side) -> (B, T).
+
+        Without the full-size maps: with K = up' up and B = up' map up, |up P up' - map|^2 = <P, K P K> - 2 <P, B> +
+        |map|^2.
+        """
         quadratic = (small * (self.gram @ small @ self.gram)).sum((2, 3))
         cross = (small * self.projected).sum((2, 3))
         constant = self.maps.square().sum((1, 2))
-        return (quadratic - 2 * cross + constant).mean(0) / self.size**2
+        return (quadratic - 2 * cross + constant) / self.size**2
 
 
 def readout_side(kernel_size: int = 3, depth: int = 1, padding: int = 0, grid: int = 28) -> int:

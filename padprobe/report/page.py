@@ -13,7 +13,15 @@ from jinja2 import Environment, PackageLoader
 from padprobe.report import tables
 from padprobe.report.paper import paper_numbers
 from padprobe.report.readouts import variance_section, variants_section
-from padprobe.report.sections import Figure, Section, headline_rows, number, readout_sections, task_section
+from padprobe.report.sections import (
+    Figure,
+    Section,
+    headline_rows,
+    number,
+    readout_sections,
+    task_section,
+    trajectory_lines,
+)
 from padprobe.results import Results, write_atomically
 
 
@@ -130,10 +138,12 @@ def _figures(results: Results, rows: pd.DataFrame, head: pd.DataFrame) -> list[S
     if len(trajectory):
         reading = (
             "SPC of a readout that the callback trains beside the network: a rising line says that position becomes "
-            "easier to read, and the distance from solid (zero padding) to dashed (no padding) is padding's share."
+            "easier to read, and the distance from solid (zero padding) to dashed (no padding) is padding's share. In "
+            "small print what a small readout of a training batch gained since before the first step."
         )
         figure = Figure("trajectory", "SPC over training steps", figures.to_png(figures.draw_trajectory(trajectory)))
-        sections.append(Section("Position during training", reading, figures=[figure]))
+        steps = trajectory_lines(trajectory)
+        sections.append(Section("Position during training", reading, tables=[steps], figures=[figure]))
     maps = figures.collect_maps(rows, results.maps)
     shown = list(
         head.loc[head["run"] != tables.RGB, ["run", "stimulus"]].drop_duplicates().itertuples(index=False, name=None)

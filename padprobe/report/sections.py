@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from padprobe.maps import TARGETS
 from padprobe.report.paper import paper_numbers
 from padprobe.report.tables import READOUT, RGB, RUN, gaps, short, targets_of
 
@@ -254,3 +255,28 @@ def _paper_table5(tasks: set[str]) -> list[Table]:
 
 def _metric(name: str) -> str:
     return f"{name} (lower is better)" if name.lower() in ("mae", "loss") else name
+
+
+def trajectory_lines(trajectory: pd.DataFrame) -> Table:
+    """SPC over training steps beside the task's metrics, a line a run and step.
+
+    Of a long training eight steps are shown, the first and the last that were logged among them.
+
+    Args:
+        trajectory: :func:`padprobe.report.tables.trajectory_table`'s, not empty.
+    """
+    targets = [t for t in TARGETS if t in set(trajectory["target"])]
+    metrics = list(trajectory.loc[trajectory["target"] == "", "metric"].unique())
+    table = Table("SPC over training steps", ["run", "padding", "step", *targets, *metrics], [], labels=3)
+    for (run, padding), rows in trajectory.groupby(["run", "padding"], sort=False):
+        values = rows.set_index(["step", "target", "metric"])["value"]
+        logged = sorted(rows["step"].unique())
+        last = len(logged) - 1
+        for i in sorted({round(k * last / 7) for k in range(8)}):
+            cells = []
+            for target, metric in [*((t, "spc") for t in targets), *(("", m) for m in metrics)]:
+                delta = values.get((logged[i], target, "delta"), float("nan"))
+                cell = number(values.get((logged[i], target, metric), float("nan")))
+                cells.append(cell if pd.isna(delta) else f"{cell}\n{number(delta, 2, '+')}")
+            table.rows.append(("run", [str(run), str(padding), f"{logged[i]:.0f}", *cells]))
+    return table

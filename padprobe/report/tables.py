@@ -253,7 +253,8 @@ def task_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def trajectory_table(results_trajectory: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """A training's logged values with numbers as numbers: SPC of the targets and task metrics, means over seeds.
+    """A training's logged values with numbers as numbers: SPC and delta of the targets and task metrics, means over
+    seeds.
 
     Args:
         results_trajectory: :attr:`~padprobe.results.Results.trajectory`.
@@ -266,6 +267,6 @@ def trajectory_table(results_trajectory: pd.DataFrame, rows: pd.DataFrame) -> pd
         value=pd.to_numeric(results_trajectory["value"], errors="coerce"),
     )
     table[["task", "padding", "target"]] = table[["task", "padding", "target"]].fillna("").astype(str)
-    table = table[(table["target"] == "") | (table["metric"] == "spc")].dropna(subset=["step", "value"])
+    table = table[(table["target"] == "") | table["metric"].isin(["spc", "delta"])].dropna(subset=["step", "value"])
     keys = ["run", "task", "padding", "target", "metric", "step"]
     return table.groupby(keys, sort=False)["value"].mean().reset_index()

@@ -213,6 +213,22 @@ def test_trajectories_are_solid_with_padding_and_dashed_without_in_one_colour_a_
     assert zeros.get_color() == valid.get_color()
 
 
+def test_trajectories_are_a_table_of_spc_beside_the_tasks_metric(study, tmp_path):
+    """Of a long training eight steps, the first and the last among them; the small readout's gain in small print."""
+    long = [("sod-zeros", "SOD", "zeros", step, "H", "spc", step / 1000) for step in range(0, 1000, 10)]
+    long += [
+        ("sod-zeros", "SOD", "zeros", 990, "H", "delta", 0.125),
+        ("sod-zeros", "SOD", "zeros", 990, "", "mIoU", 0.5),
+    ]
+    study.trajectory = pd.DataFrame(long, columns=list(TRAJECTORY))
+    page = Page(write_report(study, tmp_path))
+    [lines] = [t for t, caption in zip(page.tables, page.captions, strict=True) if "over training steps" in caption]
+    assert lines[0] == [["run"], ["padding"], ["step"], ["H"], ["mIoU"]]
+    assert len(lines) == 9
+    assert lines[1][2:4] == [["0"], [".000"]]
+    assert lines[-1][2:] == [["990"], [".990", "+.12"], [".500"]]
+
+
 def test_the_numbers_are_written_beside_the_page_and_can_be_reported_again(tmp_path):
     cell = STUDY["sod-zeros"]
     study = Results.join([probed("sod-zeros", *cell), scored("sod-zeros", *cell[:4], 0.8)])
