@@ -1,9 +1,10 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -68,3 +69,9 @@ def batches() -> DataLoader:
 def vgg_options() -> dict:
     """A VGG with three stages and few channels, as options of load_encoder("smp:vgg11", ...)."""
     return dict(SMALL_VGG)
+
+
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    """A quiet Trainer on the CPU, for two epochs unless told otherwise."""
+    options = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
+    return Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **options)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,14 +19,9 @@ from padprobe import PositionProbeCallback, spearman
 from padprobe.maps import position_maps
 from padprobe.readout.online import small_readout
 from padprobe.stages import align
-from tests.conftest import Host
+from tests.conftest import Host, trainer
 
 TARGETS = ("H", "V", "G", "HS", "VS")
-
-
-def trainer(folder, *callbacks, **options):
-    options = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
-    return Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **options)
 
 
 def probe(**options):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -19,7 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from padprobe import PositionProbeCallback
-from tests.conftest import Host
+from tests.conftest import Host, trainer
 
 
 def probe(**options):
@@ -96,23 +96,16 @@ OTHERS = {
 }
 
 
-def run(folder, guests, setting):
+def fit(folder, guests, setting):
     setting = dict(setting)
     seed_everything(3, verbose=False)
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.rand(52, 3, 32, 32, generator=generator), torch.randint(2, (52,), generator=generator))
     host = setting.pop("host", Scheduled)()
     others = [OTHERS[name](folder) for name in setting.pop("with", [])]
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=CSVLogger(folder, "csv", ""),
-        callbacks=[*guests, LearningRateMonitor(), *others, Keep(folder)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 2, "log_every_n_steps": 1, "devices": 1, **setting},
-    )
-    trainer.fit(host, DataLoader(data, 8, shuffle=True), DataLoader(data, 16))
+    options = {"logger": CSVLogger(folder, "csv", ""), "log_every_n_steps": 1, "devices": 1, **setting}
+    fitting = trainer(folder, *guests, LearningRateMonitor(), *others, Keep(folder), **options)
+    fitting.fit(host, DataLoader(data, 8, shuffle=True), DataLoader(data, 16))
     return (
         torch.load(folder / "end.ckpt", weights_only=True),
         torch.load(folder / "streams.pt"),
@@ -139,8 +132,8 @@ def test_the_host_is_bit_for_bit_what_it_is_without_the_guest(name, tmp_path):
     count, options = setting.pop("guests", 1), setting.pop("options", {})
     more = [{"targets": ["H", "G"]}, {"targets": ["V"], "every_n_steps": 2}, {"targets": ["HS"], "encoder": "encoder"}]
     guests = [probe(**chosen, **options) for chosen in more[:count]]
-    ours, our_streams, our_log = run(tmp_path / "with", guests, setting)
-    theirs, their_streams, their_log = run(tmp_path / "without", [], setting)
+    ours, our_streams, our_log = fit(tmp_path / "with", guests, setting)
+    theirs, their_streams, their_log = fit(tmp_path / "without", [], setting)
 
     assert len([ours["callbacks"].pop(key) for key in list(ours["callbacks"]) if "Probe" in key]) == count
     assert ours.keys() == theirs.keys()
@@ -217,17 +210,9 @@ def test_a_run_killed_in_mid_epoch_goes_on_exactly(options, tmp_path, batches):
     def fit(guest, *others, **resume):
         torch.manual_seed(0)
         log = Logged()
-        trainer = Trainer(
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            logger=False,
-            max_epochs=3,
-            callbacks=[guest, log, *others],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
         with contextlib.suppress(Killed):
-            trainer.fit(Plain(), Stateful(batches.dataset, 8), batches, **resume)
+            run = trainer(tmp_path, guest, log, *others, max_epochs=3)
+            run.fit(Plain(), Stateful(batches.dataset, 8), batches, **resume)
         return {name: p.state_dict() for name, p in guest._probes.items()}, log.scores
 
     state, scores = fit(probe(**options))
@@ -241,17 +226,9 @@ def test_a_run_killed_in_mid_epoch_goes_on_exactly(options, tmp_path, batches):
 
 def fitted(tmp_path, host, batches, **options):
     """The checkpoint of a run with a probe."""
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        logger=False,
-        max_epochs=1,
-        callbacks=[probe(**options)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(host, batches, batches)
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    run = trainer(tmp_path, probe(**options), max_epochs=1)
+    run.fit(host, batches, batches)
+    run.save_checkpoint(tmp_path / "end.ckpt")
     return tmp_path / "end.ckpt"
 
 
@@ -285,20 +262,16 @@ print("fitted", trainer.global_step)
 )
 def test_other_options_on_resuming_are_named(now, message, tmp_path, host, batches):
     checkpoint = fitted(tmp_path, host, batches)
-    trainer = Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, logger=False, max_epochs=2, callbacks=[probe(**now)]
-    )
+    run = trainer(tmp_path, probe(**now))
     with pytest.raises(MisconfigurationException, match=message):
-        trainer.fit(host, batches, batches, ckpt_path=checkpoint)
+        run.fit(host, batches, batches, ckpt_path=checkpoint)
 
 
 def test_other_targets_on_resuming_start_anew_and_say_so(tmp_path, host, batches):
     checkpoint = fitted(tmp_path, host, batches)
-    trainer = Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, logger=False, max_epochs=2, callbacks=[probe(targets=["V"])]
-    )
+    run = trainer(tmp_path, probe(targets=["V"]))
     with pytest.warns(UserWarning, match="has no readouts for .*'V'.* it has some for"):
-        trainer.fit(host, batches, batches, ckpt_path=checkpoint)
+        run.fit(host, batches, batches, ckpt_path=checkpoint)
 
 
 # ---------------------------------------------------------------------- two processes
@@ -361,19 +334,8 @@ def fit_in(devices, folder, make, **loaders):
         probe(targets=["HS"], depth=2, each_stage=True),
     ]
     strategy = DDPStrategy(start_method="spawn", find_unused_parameters=True, process_group_backend="gloo")
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy=strategy if devices > 1 else "auto",
-        default_root_dir=folder,
-        logger=False,
-        max_epochs=2,
-        callbacks=[*guests, Readouts(folder)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(make(), **loaders)
+    run = trainer(folder, *guests, Readouts(folder), devices=devices, strategy=strategy if devices > 1 else "auto")
+    run.fit(make(), **loaders)
     return [torch.load(folder / f"{devices}-{rank}.pt", weights_only=True) for rank in range(devices)]
 
 
@@ -488,18 +450,9 @@ def test_hosts_that_are_not_ours(make, encoder, stages, tmp_path):
     if make is ConvNeXt:
         host(images)  # the lazy head
     guest = probe(encoder=encoder, image_size=64, each_stage=True)
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        logger=False,
-        max_epochs=1,
-        callbacks=[guest],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(host, DataLoader(data, 4), DataLoader(data, 4))
+    run = trainer(tmp_path, guest, max_epochs=1)
+    run.fit(host, DataLoader(data, 4), DataLoader(data, 4))
     assert sorted(guest._channels) == ["", *(f"f{i + 1}" for i in range(stages))]
     for name in ("", *(f"f{i + 1}/" for i in range(stages))):
-        assert -1 <= trainer.callback_metrics[f"position/G/{name}spc"] <= 1
-    assert "position/trouble" not in trainer.callback_metrics
+        assert -1 <= run.callback_metrics[f"position/G/{name}spc"] <= 1
+    assert "position/trouble" not in run.callback_metrics
