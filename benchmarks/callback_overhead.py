@@ -62,13 +62,13 @@ class Alternate(Callback):
         guest = KINDS[kind]
         if kind == "second encoder pass":
             guest._tap.active = True
-            with torch.no_grad():
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
                 module.net.encoder(batch["image"])
         if guest:
             guest.on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         if batch_idx % self.steps == self.steps - 1:
             self.seconds[kind].append((clock() - self.start) / self.steps)
-            if torch.cuda.is_available():
+            if torch.cuda.is_available() and (guest or not self.memory[kind]):  # without: before there is any readout
                 self.memory[kind] = max(self.memory[kind], torch.cuda.max_memory_allocated())
             if guest:
                 guest.teardown(trainer, module, "fit")

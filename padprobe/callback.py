@@ -12,7 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 from padprobe.encoders import find_encoder
@@ -23,6 +25,9 @@ from padprobe.readout.posenet import PosENet, readout_side
 from padprobe.readout.ridge import GRAM_LIMIT_GB, gram_gb
 from padprobe.scores import PositionScores
 from padprobe.stages import StageTap, find_stages, stage_shapes
+
+HALF = torch.finfo(torch.float16).max
+"""Features beyond this are in trouble: such a batch would outweigh all others for good."""
 
 FEW = 16
 """Images of a training batch that ``position/{target}/delta`` is measured on, at most."""
@@ -35,7 +40,9 @@ class PositionProbeCallback(Callback):
     On every validation image their maps are scored; the means are logged as ``position/{target}/{spc|mae|nmae}``, so
     loggers, ``trainer.callback_metrics`` and ``ModelCheckpoint(monitor=...)`` see them. The host is not touched:
     readouts are neither in its parameters nor in its ``state_dict``, and no random number is drawn. Their state travels
-    in the checkpoint, as the callback's own, in plain tensors and numbers.
+    in the checkpoint, as the callback's own, in plain tensors and numbers: a resumed run goes on exactly. (Of several
+    processes ridge statistics, and the running statistics of readouts of depth 2 and 3, are those of the last
+    validation.)
 
     A position score needs its control beside it. The untrained twin comes for free: ``position/{target}/before`` is the
     SPC of a small closed-form readout on up to 16 images of the first training batch, before the first step, and
@@ -109,8 +116,7 @@ class PositionProbeCallback(Callback):
             raise ValueError(f"depth is {depth} and padding {padding}; a ridge readout has depth 1 and padding 0")
         readout_side(kernel_size, depth, padding, grid)  # an impossible readout is named here, not after loading data
         self._maps = position_maps(image_size, targets)
-        self.encoder, self.stages, self.every_n_steps = encoder, stages, every_n_steps
-        self.lr, self.forget, self.log_images = lr, forget, log_images
+        self.encoder, self.stages, self.log_images = encoder, stages, log_images
         self._options: dict[str, Any] = {
             "readout": readout,
             "targets": list(targets),
@@ -120,16 +126,22 @@ class PositionProbeCallback(Callback):
             "grid": grid,
             "image_size": image_size,
             "each_stage": each_stage,
+            "every_n_steps": every_n_steps,
+            "lr": lr,
+            "forget": forget,
             "seed": seed,
         }
         self._tap: StageTap | None = None
+        self._module = 0  # the probed one's id
         self._channels: dict[str, slice] = {}  # of "" (all stages together), f1, f2, ...
         self._probes: dict[str, OnlinePosENet | OnlineRidge] = {}
         self._made: dict[str, nn.Module] = {}  # the readouts that are being scored
         self._scores: dict[str, PositionScores] = {}
         self._restored: dict[str, Any] | None = None  # a checkpoint's state, until the readouts are on their device
         self._batches = 0  # training batches seen
-        self._before: Tensor | None = None  # (T,), SPC of the small readout before the first step
+        self._late = False  # whether the last third of the training has begun
+        self._untrained = False  # whether this is the first batch, before the host's first step
+        self._before: Tensor | None = None  # (T,), SPC of the small readout then
         self._latest: Tensor | None = None  # features of a few images of the latest training batch
         self._trouble = _Trouble()
         self._seen: dict[int, int] = {}  # images by validation data loader
@@ -155,20 +167,22 @@ class PositionProbeCallback(Callback):
                         "keys: give them different targets"
                     )
         self.teardown(trainer, pl_module, stage)  # what a run that was interrupted may have left
-        if not is_overridden("configure_model", pl_module):  # which builds the network later
-            self._attach(pl_module)
+        if not (is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module)):
+            self._attach(trainer, pl_module)  # those may build the network, later
 
-    def _attach(self, pl_module: LightningModule) -> None:
-        """Taps the stages, and makes new readouts where those at hand do not fit them."""
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Taps the stages, and makes new readouts where those at hand are of another network."""
         module, stages, widths = self.resolve(pl_module)
         ends = list(itertools.accumulate(widths))
         channels = {"": slice(0, ends[-1])}
         if self._options["each_stage"]:
             channels |= {f"f{i + 1}": slice(e - w, e) for i, (w, e) in enumerate(zip(widths, ends, strict=True))}
-        if channels != self._channels:
+        another = trainer.state.fn == TrainerFn.FITTING and id(module) != self._module
+        if channels != self._channels or another:
             self._channels, self._batches, self._before = channels, 0, None
             self._probes = {name: self._probe(part.stop - part.start) for name, part in channels.items()}
             self._scores = {name: PositionScores(self._maps) for name in channels}
+        self._module = id(module)
         self._tap = StageTap(module, stages, self._options["grid"])
         self._tap.active = False
 
@@ -182,9 +196,9 @@ class PositionProbeCallback(Callback):
                     f"{in_channels} channels would take {size:.1f} GB, more than {GRAM_LIMIT_GB}: use kernel_size=1 "
                     "or fewer stages"
                 )
-            return OnlineRidge(o["targets"], self._maps, in_channels, o["kernel_size"], o["grid"], self.forget)
+            return OnlineRidge(o["targets"], self._maps, in_channels, o["kernel_size"], o["grid"], o["forget"])
         shape = (o["kernel_size"], o["depth"], o["padding"], o["grid"], o["image_size"], o["seed"])
-        return OnlinePosENet(PosENet(in_channels, o["targets"], *shape), self.lr)
+        return OnlinePosENet(PosENet(in_channels, o["targets"], *shape).float(), o["lr"])
 
     def resolve(self, pl_module: LightningModule) -> tuple[nn.Module, list[str], list[int]]:
         """The encoder, its stages and their channels; raises MisconfigurationException if they do not exist."""
@@ -195,23 +209,36 @@ class PositionProbeCallback(Callback):
                 check_name(name, [n for n, _ in pl_module.named_modules() if n], "encoder")
             module = pl_module.get_submodule(name)
             module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-            stages = find_stages(module, size) if self.stages == "auto" else list(self.stages)
-            return module, stages, [c for c, _, _ in stage_shapes(module, stages, size)]
-        except ValueError as error:
+            with isolate_rng(include_cuda=False):  # a forward pass, without data, may draw
+                stages = find_stages(module, size) if self.stages == "auto" else list(self.stages)
+                shapes = stage_shapes(module, stages, size)
+        except Exception as error:  # whatever a forward pass that takes no image raises
             raise MisconfigurationException(
-                f"PositionProbeCallback(encoder={name!r}): {error} (the network must be built in the module's __init__ "
-                "or configure_model)"
+                f"PositionProbeCallback(encoder={name!r}): {error}. It must name a module whose forward takes images "
+                f"(B, C, H, W); this one's parts are {[n for n, _ in pl_module.named_children()]}"
             ) from error
+        for stage, (_, height, width) in zip(stages, shapes, strict=True):
+            if height * width == 1:
+                raise MisconfigurationException(
+                    f"PositionProbeCallback(encoder={name!r}): stage {stage!r} is 1 x 1 at image_size {size}, too "
+                    f"small to show position: use larger images, or name the others of {stages} with stages=[...]"
+                )
+        return module, stages, [channels for channels, _, _ in shapes]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._latest = None
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
+
+    @torch.inference_mode(False)  # a validation before the fit must not leave tensors that cannot learn
     def _to_device(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Readouts and scores where the host is; then a checkpoint's state, if one was loaded."""
         if self._tap is None:
-            self._attach(pl_module)
+            self._attach(trainer, pl_module)
         self._maps = self._maps.to(pl_module.device)
         for name, probe in self._probes.items():
             probe.to(pl_module.device)
@@ -219,7 +246,11 @@ class PositionProbeCallback(Callback):
         if self._restored is not None:
             for name, probe in self._probes.items():
                 probe.load_state_dict(self._restored["probes"][name])
-            self._batches, self._before = self._restored["batches"], self._restored["before"]
+            before = self._restored["before"]
+            self._batches, self._before = (
+                self._restored["batches"],
+                None if before is None else before.to(pl_module.device),
+            )
             self._restored = None
 
     on_fit_start = on_train_start = on_validation_start = on_test_start = _to_device
@@ -229,8 +260,12 @@ class PositionProbeCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._tap is not None
         self._tap.clear()
-        self._tap.active = self._batches % self.every_n_steps == 0
+        self._tap.active = self._batches % self._options["every_n_steps"] == 0
+        self._untrained = self._batches == trainer.global_step == 0
+        self._late = _progress(trainer, batch_idx) >= 2 / 3
         self._batches += 1
+        if self._tap.active:
+            self._latest = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -239,16 +274,16 @@ class PositionProbeCallback(Callback):
         if not self._tap.active:
             return
         features = self._take()
-        late = _progress(trainer) >= 2 / 3
         with torch.autocast(pl_module.device.type, enabled=False):
             for name, part in self._channels.items():
-                self._probes[name].step(None if features is None else features[:, part], late)
-        self._latest = None if features is None else features[:FEW]
-        if self._batches == 1:
+                self._probes[name].step(None if features is None else features[:, part], self._late)
+        if features is not None:
+            self._latest = features if len(features) <= FEW else features[:FEW].clone()  # a slice would keep the rest
+        if self._untrained:
             self._before = self._small_readout(trainer)
 
     def _take(self) -> Tensor | None:
-        """The stages of the host's last forward pass, finite, if all of them arrived."""
+        """The stages of the host's last forward pass, if all of them arrived; 0 where they leave half precision."""
         assert self._tap is not None
         self._tap.active = False
         if self._tap.missing:
@@ -256,8 +291,9 @@ class PositionProbeCallback(Callback):
             self._tap.clear()
             return None
         features = self._tap.take()
-        self._trouble.look(features)
-        return features.nan_to_num_(0.0, 0.0, 0.0)  # half precision overflows: it must not spoil a readout for good
+        sound = features.abs() <= HALF
+        self._trouble.look(sound)
+        return features.masked_fill_(~sound, 0.0)  # they would spoil a readout for good
 
     def _small_readout(self, trainer: Trainer) -> Tensor | None:
         """SPC of the small readout on the latest batch, (T,), the mean over processes; None where it has under 4 images
@@ -272,6 +308,7 @@ class PositionProbeCallback(Callback):
 
     # ------------------------------------------------------------------ scoring
 
+    @torch.inference_mode(False)
     def _start_scoring(self, trainer: Trainer, pl_module: LightningModule) -> None:
         made = {} if trainer.sanity_checking else {name: probe.made() for name, probe in self._probes.items()}
         self._made = {name: module for name, module in made.items() if module is not None}
@@ -308,8 +345,8 @@ class PositionProbeCallback(Callback):
     def _new_images(self, trainer: Trainer, n: int, dataloader_idx: int) -> int:
         """How many of a batch's n images no process has seen: a DistributedSampler repeats some at the end."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-        sampler = getattr(loaders[dataloader_idx], "sampler", None)
+        loader = tree_leaves(getattr(loaders, "iterables", loaders))[dataloader_idx]
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
         start = self._seen.get(dataloader_idx, 0)
         self._seen[dataloader_idx] = start + n
         if not isinstance(sampler, DistributedSampler):
@@ -416,9 +453,9 @@ class _Trouble:
             )
         self._missing, self._warned = self._missing + 1, True
 
-    def look(self, features: Tensor) -> None:
-        """Notes, on the device, whether features are finite."""
-        self._not_finite = self._not_finite + (~features.isfinite().all()).int()
+    def look(self, sound: Tensor) -> None:
+        """Notes, on the device, whether all of a batch's features are sound."""
+        self._not_finite = self._not_finite + (~sound.all()).int()
 
     def count(self, trainer: Trainer, device: torch.device) -> int:
         """Batches in trouble since the last count, in all processes."""
@@ -429,7 +466,7 @@ class _Trouble:
             self._warned = True
             rank_zero_warn(
                 f"PositionProbeCallback: {missing} batch(es) came without all stages and were left out; {not_finite} "
-                "had features that are not finite, taken as 0. position/trouble counts them."
+                "had features that are not finite or beyond half precision, taken as 0. position/trouble counts them."
             )
         return missing + not_finite
 
@@ -451,9 +488,8 @@ def _log_images(trainer: Trainer, maps: Tensor, targets: Sequence[str]) -> None:
                 logger.log_image(name, [pixels.numpy()], step=trainer.global_step)
 
 
-def _progress(trainer: Trainer) -> float:
+def _progress(trainer: Trainer, batch_idx: int) -> float:
     """How much of the training is behind it, in [0, 1); 0 where its length is unknown."""
-    if trainer.max_steps > 0:
-        return trainer.global_step / trainer.max_steps
-    epochs = trainer.max_epochs or 0
-    return trainer.current_epoch / epochs if epochs > 0 else 0.0
+    by_steps = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+    epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
+    return max(by_steps, epochs / trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -191,21 +192,20 @@ class StageTap:
         self._sides = dict(zip(stages, sides, strict=True)) if sides else {}
         self.active = True
         self._caught: dict[str, Tensor] = dict.fromkeys(stages, torch.empty(0))
-        self._handles = [encoder.get_submodule(stage).register_forward_hook(self._hook(stage)) for stage in stages]
-        self.clear()
+        self._handles = [
+            encoder.get_submodule(stage).register_forward_hook(functools.partial(self._keep, stage)) for stage in stages
+        ]
 
-    def _hook(self, stage: str):
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if self.active and isinstance(output, Tensor) and output.ndim == 4:
-                side = self._sides.get(stage, output.shape[-1])
-                self._caught[stage] = align(center_crop(output, side), self.grid)
-
-        return keep
+    def _keep(self, stage: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self.active and isinstance(output, Tensor) and output.ndim == 4:
+            side = self._sides.get(stage, output.shape[-1])
+            self._caught[stage] = align(center_crop(output, side), self.grid)
 
     @property
     def missing(self) -> list[str]:
-        """Stages that have not arrived since the last :meth:`clear`."""
-        return [stage for stage, features in self._caught.items() if not features.numel()]
+        """Stages that have not arrived since the last :meth:`clear`, or came last with fewer images than others."""
+        most = max([1, *(len(features) for features in self._caught.values())])
+        return [stage for stage, features in self._caught.items() if len(features) < most]
 
     def take(self, *more: Tensor) -> Tensor:
         """The stages of the last forward pass side by side, (B, sum of C, grid, grid), then ``more``; forgets them.
@@ -267,9 +267,9 @@ def _forward_shapes(encoder: nn.Module, image_size: int) -> Trace:
     """A forward pass on the meta device, where tensors have shapes but no data."""
     channels = next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), 3)
     dtype = next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
-    state = {k: v.detach().to("meta") for k, v in [*encoder.named_parameters(), *encoder.named_buffers()]}
     calls: list[Output] = []
     left_over: list[int] = []
+    attributes = {module: dict(vars(module)) for module in encoder.modules()}  # a forward pass may change some
 
     def record(layer: str, is_conv: bool):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -285,7 +285,13 @@ def _forward_shapes(encoder: nn.Module, image_size: int) -> Trace:
     layers = [(n, m) for n, m in encoder.named_modules() if n and not isinstance(m, PAD_LAYERS)]
     handles = [m.register_forward_hook(record(n, isinstance(m, nn.Conv2d))) for n, m in layers]
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("meta"),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            state = {k: v.detach().to("meta") for k, v in [*encoder.named_parameters(), *encoder.named_buffers()]}
             shape = (2, channels, image_size, image_size)
             image = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             copy = image.view_as(image)  # a node of its own, and in-place layers may write to it
@@ -293,6 +299,9 @@ def _forward_shapes(encoder: nn.Module, image_size: int) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
     for call in calls:
         if 0 in call.shape:  # older versions of torch let a convolution's output vanish on the meta device
             raise RuntimeError(f"the output of layer {call.layer!r} has no pixel left: shape {call.shape}")

@@ -258,6 +258,7 @@ print("fitted", trainer.global_step)
         ({"kernel_size": 1}, "kernel_size was 3 and is 1"),
         ({"readout": "ridge", "kernel_size": 1}, "readout was 'posenet' and is 'ridge'; kernel_size was 3"),
         ({"grid": 16}, "grid was 8 and is 16"),
+        ({"lr": 0.2, "every_n_steps": 3}, "every_n_steps was 1 and is 3; lr was 0.1 and is 0.2"),
     ],
 )
 def test_other_options_on_resuming_are_named(now, message, tmp_path, host, batches):
@@ -296,10 +297,11 @@ class Still(Plain):
 
 
 class Moody(Still):
-    """The second process's encoder is not called in its second batch nor in validation, where it has more batches."""
+    """No encoder is called in the first batch, the second process's neither in the second nor in validation, where it
+    has more batches."""
 
     def training_step(self, batch, batch_idx):
-        if batch_idx == 1 and self.global_rank == 1:
+        if batch_idx == 0 or (batch_idx == 1 and self.global_rank == 1):
             return self.head.weight.sum() * 0
         return super().training_step(batch, batch_idx)
 

@@ -21,6 +21,19 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _shares(images: int) -> list[int]:
+    """How many images each process has; told over the CPU, so that nobody waits for a device."""
+    if dist.get_backend() != "gloo" and dist.group.WORLD not in _OVER_CPU:
+        _OVER_CPU.clear()  # those of a run that has ended
+        _OVER_CPU[dist.group.WORLD] = dist.new_group(backend="gloo")
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([images]), group=_OVER_CPU.get(dist.group.WORLD))
+    return [int(size) for size in sizes]
+
+
+_OVER_CPU: dict[Any, Any] = {}
+
+
 class OnlinePosENet:
     """The paper's readout, trained on a host's batches as they come.
 
@@ -38,52 +51,44 @@ class OnlinePosENet:
         self.readout, self.lr = readout, lr
         self.optimizer = make_optimizer(readout, lr)
         self.steps = 0
-        self._room = 0  # images of a process that are gathered: the largest first batch of all processes
 
     def step(self, features: Tensor | None, late: bool) -> None:
         """Learns from a batch (B, C, grid, grid); None where this process has none.
 
         ``late``: the last third of the training, at a tenth of the rate. All processes must call it equally often.
         """
-        together = several_processes()
-        if features is None and not together:
+        images = 0 if features is None else len(features)
+        shares = _shares(images) if several_processes() else [images]
+        if not any(shares):
             return
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr / 10 if late else self.lr
         self.readout.train()
         self.optimizer.zero_grad()
         with torch.enable_grad():
-            if together:
-                self._backward_together(features)
+            if len(shares) > 1:
+                self._backward_together(features, shares)
             else:
                 assert features is not None
                 self.readout.loss(features).sum().backward()
         self.optimizer.step()
         self.steps += 1
 
-    def _backward_together(self, features: Tensor | None) -> None:
+    def _backward_together(self, features: Tensor | None, shares: list[int]) -> None:
         """The gradients of the loss on all processes' images, in each of them."""
-        readout, weight = self.readout, self.readout.weight
-        if not self._room:  # once: the only time that the host waits for the device
-            size = torch.tensor(0 if features is None else len(features), device=weight.device)
-            dist.all_reduce(size, dist.ReduceOp.MAX)
-            self._room = int(size)
+        readout, rank, room = self.readout, dist.get_rank(), max(shares)
         side = readout.gram.shape[0]
-        own = weight.new_zeros(self._room, len(readout.targets) + 1, side, side)  # the last channel: is it an image
-        raw = None
-        if features is not None:
-            raw = readout.raw(features[: self._room])
-            own[: len(raw), :-1], own[: len(raw), -1] = raw.detach(), 1.0
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        own = readout.weight.new_zeros(room, len(readout.targets), side, side)
+        raw = None if features is None else readout.raw(features)
+        if raw is not None:
+            own[: len(raw)] = raw.detach()
+        parts = [torch.empty_like(own) for _ in shares]
         dist.all_gather(parts, own)
-        everyone = torch.cat(parts)
-        raws, present = everyone[:, :-1].clone().requires_grad_(), everyone[:, -1:]
-        errors = readout.errors(torch.sigmoid(_normalized(readout.norm, raws, present))) * present[:, :, 0, 0]
-        (errors.sum() / present[:, 0, 0, 0].sum().clamp_min(1)).backward()
+        raws = torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).requires_grad_()
+        readout.errors(torch.sigmoid(readout.norm(raws))).mean(0).sum().backward()
         if raw is not None:
             assert raws.grad is not None
-            start = dist.get_rank() * self._room
-            raw.backward(raws.grad[start : start + len(raw)])
+            raw.backward(raws.grad.split(shares)[rank])
         for name, parameter in readout.named_parameters():
             if not name.startswith("norm."):  # those gradients are of all images already
                 if parameter.grad is None:
@@ -118,24 +123,6 @@ class OnlinePosENet:
         self.steps = state["steps"]
         for parameter, momentum in zip(self.readout.parameters(), state["momenta"], strict=bool(self.steps)):
             self.optimizer.state[parameter]["momentum_buffer"] = momentum.clone().to(parameter.device)
-
-
-def _normalized(norm: torch.nn.BatchNorm2d, values: Tensor, present: Tensor) -> Tensor:
-    """``norm`` in training mode, of (N, C, H, W), for the images that are ``present``, (N, 1, H, W) of 1 and 0."""
-    count = present.sum().clamp_min(2)
-    mean = (values * present).sum((0, 2, 3), keepdim=True) / count
-    variance = ((values - mean).square() * present).sum((0, 2, 3), keepdim=True) / count
-    with torch.no_grad():
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        assert norm.momentum is not None
-        share = norm.momentum * present.amax()  # none where no process has an image
-        norm.running_mean.lerp_(mean.flatten(), share)
-        norm.running_var.lerp_(variance.flatten() * count / (count - 1), share)
-        norm.num_batches_tracked += 1
-    scaled = (values - mean) * (variance + norm.eps).rsqrt()
-    return scaled * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
 class OnlineRidge:
@@ -199,6 +186,8 @@ class OnlineRidge:
         return {**state, "seen": self._seen, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.statistics.reset()  # or torchmetrics would hand out what it computed before
+        self.step(None, late=False)
         self._seen, self.steps = state["seen"], state["steps"]
         first = not several_processes() or dist.get_rank() == 0
         for name in self.STATES:

@@ -30,7 +30,7 @@ def ridge(forget=1.0):
 
 
 MAKERS = {"posenet": posenet, "ridge": ridge, "deep": functools.partial(posenet, 2)}
-SHARES = [[4, 4], [4, 2], [0, 4], [4, 4], [1, 1], [3, 4]] * 2
+SHARES = [[1, 2], [4, 2], [0, 4], [0, 0], [4, 4], [1, 1], [3, 8]] * 2
 
 
 def learn(fabric, folder):
