@@ -75,3 +75,10 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     """A quiet Trainer on the CPU, for two epochs unless told otherwise."""
     options = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
     return Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), **options)
+
+
+class Frozen(Host):
+    """Learns nothing."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
