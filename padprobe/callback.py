@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DistributedSampler
 
 from padprobe.encoders import find_encoder
 from padprobe.errors import check_name
@@ -23,7 +22,7 @@ from padprobe.maps import TARGETS, position_maps
 from padprobe.readout.online import OnlinePosENet, OnlineRidge, small_readout
 from padprobe.readout.posenet import PosENet, readout_side
 from padprobe.readout.ridge import GRAM_LIMIT_GB, gram_gb
-from padprobe.scores import PositionScores
+from padprobe.scores import PositionScores, count_new
 from padprobe.stages import StageTap, find_stages, stage_shapes
 
 HALF = torch.finfo(torch.float16).max
@@ -343,16 +342,12 @@ class PositionProbeCallback(Callback):
                     self._images += len(prediction)
 
     def _new_images(self, trainer: Trainer, n: int, dataloader_idx: int) -> int:
-        """How many of a batch's n images no process has seen: a DistributedSampler repeats some at the end."""
+        """How many of a batch's n images no process has seen."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loader = tree_leaves(getattr(loaders, "iterables", loaders))[dataloader_idx]
-        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
         start = self._seen.get(dataloader_idx, 0)
         self._seen[dataloader_idx] = start + n
-        if not isinstance(sampler, DistributedSampler):
-            return n
-        places = sampler.rank + sampler.num_replicas * torch.arange(start, start + n)
-        return int((places < len(sampler.dataset)).sum())  # type: ignore[arg-type]
+        return count_new(loader, start, n)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         targets = self._options["targets"]

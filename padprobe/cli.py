@@ -1,4 +1,4 @@
-"""`padprobe fit | validate | test | predict | probe | study | report`."""
+"""`padprobe fit | validate | test | predict | probe | study | report | data`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIGHTNING = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 where a study's cell failed, 2 for bad input."""
+    """Runs the command line; returns the exit code: 0, 1 where a cell failed or data are bad, 2 for bad input."""
     args = list(sys.argv[1:] if args is None else args)
     if str(Path.cwd()) not in sys.path:  # a config or checkpoint names the modules beside it (tasks, here)
         sys.path.insert(0, str(Path.cwd()))
@@ -110,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("results", nargs="+", metavar="DIR", help="--out folders of probe or study")
     report.add_argument("--out", required=True, metavar="DIR")
     report.set_defaults(command=_report)
+
+    data = commands.add_parser("data", help="look after data sets").add_subparsers(required=True, metavar="COMMAND")
+    check = data.add_parser("check", help="list everything that is wrong with a training's files")
+    check.add_argument("config", metavar="YAML", help="a config of `padprobe fit`")
+    check.set_defaults(command=_check)
     return parser
 
 
@@ -212,6 +217,14 @@ def _report(options: argparse.Namespace) -> int:
     from padprobe.results import Results
 
     return _show(Results.join(Results.load(folder) for folder in options.results), options.out)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from padprobe.fit import check_data
+
+    problems = check_data(options.config)
+    print("\n".join([*problems, f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"]))
+    return 1 if problems else 0
 
 
 def _show(results: Results, out: str) -> int:

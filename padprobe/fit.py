@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
-from lightning.pytorch.cli import LightningCLI
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+
+class _CLI(LightningCLI):
+    """LightningCLI with ``--run NAME``: where checkpoints go."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="Name of the run: its checkpoints go to checkpoints/NAME, and --ckpt_path last resumes from there.",
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer, run = super().instantiate_trainer(**kwargs), self._get(self.config, "run")
+        if run:
+            folder = Path("checkpoints") / run
+            resumed = self._get(self.config, "ckpt_path")
+            if self.subcommand == "fit" and not resumed and any(folder.glob("*.ckpt")):
+                raise ValueError(
+                    f"{str(folder)!r} has checkpoints of an earlier run: resume it with --ckpt_path last, or give this "
+                    "one another name with --run"
+                )
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(folder)
+        return trainer
 
 
 def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> LightningCLI:
@@ -19,7 +50,7 @@ def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Cal
         callbacks: added to those of the config.
     """
     defaults: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
-    return LightningCLI(
+    return _CLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
@@ -29,3 +60,25 @@ def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Cal
         args=list(args),
         run=run,
     )
+
+
+def check_data(path: str | Path) -> list[str]:
+    """What the data module of a training config finds wrong with its files: a line for each problem.
+
+    Raises:
+        ValueError: for a config that is not there or has no data, or data that cannot check themselves.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no config {str(path)!r}")
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "data" not in content:
+        raise ValueError(f"config {str(path)!r} has no `data`")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    try:
+        data = parser.instantiate_classes(parser.parse_object({"data": content["data"]})).data
+    except Exception as error:
+        raise ValueError(f"config {str(path)!r}: {error}") from error
+    if not callable(getattr(data, "check", None)):
+        raise ValueError(f"config {str(path)!r}: {type(data).__name__} has no check(), which lists what is wrong")
+    return data.check()

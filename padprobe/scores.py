@@ -9,10 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 
 CONSTANT_RANGE = 1e-5
 """A prediction whose range is under this fraction of its target's range counts as constant."""
+
+
+def count_new(loader: Any, start: int, n: int) -> int:
+    """How many of a batch's n images, the first of them this process's ``start``-th, no process has scored before.
+
+    A DistributedSampler repeats some images at the end, so that all processes have as many; they come last in a batch.
+    """
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+    if not isinstance(sampler, DistributedSampler):
+        return n
+    places = sampler.rank + sampler.num_replicas * torch.arange(start, start + n)
+    return int((places < len(sampler.dataset)).sum())  # type: ignore[arg-type]
 
 
 def average_ranks(values: Tensor) -> Tensor:

@@ -152,23 +152,39 @@ def context_size(encoder: nn.Module, image_size: int, stages: Sequence[str] | No
     )
 
 
-def smallest_image(encoder: nn.Module, limit: int = 2048) -> int | None:
-    """The smallest square image, in pixels, that the encoder can take; None if it takes none up to ``limit``."""
+def output_sides(encoder: nn.Module, image_size: int) -> list[int]:
+    """The sides in cells of the (B, C, H, W) maps that an encoder gives of one square image, without running any layer.
 
-    def fits(size: int) -> bool:
-        try:
-            _forward_shapes(encoder, size)
-        except (RuntimeError, ValueError):  # what torch raises where a map would vanish
-            return False
-        return True
+    Raises:
+        ValueError: for an image that is too small (with the smallest size that works).
+    """
+    return _trace(encoder, image_size).sides
 
-    if not fits(limit):
+
+def takes(encoder: nn.Module, image_size: int) -> bool:
+    """Whether the encoder can run on a square image of this side in pixels; no layer is run."""
+    try:
+        _forward_shapes(encoder, image_size)
+    except (RuntimeError, ValueError):  # what torch raises where a map would vanish
+        return False
+    return True
+
+
+def smallest_image(encoder: nn.Module, limit: int = 2048, step: int = 1) -> int | None:
+    """The smallest square image, in pixels, that the encoder can take; None if it takes none up to ``limit``.
+
+    Args:
+        encoder: any network that takes images.
+        limit: the largest side to try.
+        step: only multiples of it are tried.
+    """
+    if not takes(encoder, limit // step * step):
         return None
-    low, high = 0, limit
+    low, high = 0, limit // step
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+        low, high = (low, middle) if takes(encoder, middle * step) else (middle, high)
+    return high * step
 
 
 class StageTap:

@@ -34,7 +34,10 @@ from padprobe.stimuli import load_images
 
 METRIC_NAMES = {
     "max_fmeasure": "max F-measure",
+    "mean_fmeasure": "mean F-measure",
     "adaptive_fmeasure": "adaptive F-measure",
+    "smeasure": "S-measure",
+    "max_emeasure": "max E-measure",
     "mae": "MAE",
     "miou": "mIoU",
     "top1": "top-1",
@@ -51,7 +54,7 @@ class Cell:
         weights: see :func:`~padprobe.load_encoder`.
         padding: of an encoder that is loaded; a trained one's is its config's.
         fit: a config for ``padprobe fit``; the module's submodule ``encoder`` is probed after the training.
-        overrides: of the config, by dotted key, such as ``model.init_args.padding: valid``.
+        overrides: of the config, by dotted key, such as ``model.init_args.encoder_padding: valid``.
         task: what the report calls the encoder's training: untrained, classification, SOD, SS, ...
         data: what the report calls the data of the task's scores.
         seed: of untrained weights, of the training and of the readouts.
@@ -223,7 +226,7 @@ def _check(cell: Cell, study: Study, folder: Path) -> None:
         if cell.options or cell.weights != "untrained" or cell.padding != "zeros":
             raise ValueError(
                 "options, weights and padding are for encoders that are loaded; say them of a training as overrides, "
-                "such as {model.init_args.padding: valid}"
+                "such as {model.init_args.encoder_padding: valid}"
             )
         cli = lightning_cli(_arguments(cell, folder), run=False)
         encoder = cli.model.get_submodule(find_encoder(cli.model))
@@ -295,7 +298,9 @@ def _train(cli: LightningCLI, cell: Cell, folder: Path, labels: dict[str, Any]) 
 
 def _metric(key: str) -> str:
     name = key.split("/")[-1]
-    return METRIC_NAMES.get(name, name)
+    score = name.removeprefix("position_only_")
+    text = METRIC_NAMES.get(score, score.replace("iou_", "IoU of "))
+    return text if score == name else f"{text}, position alone"
 
 
 class _Epochs(Callback):

@@ -23,7 +23,7 @@ class ClassificationTask(Task):
         encoder: an smp encoder, such as ``smp:vgg16``.
         encoder_options: further arguments of its constructor.
         encoder_weights: ``untrained``, a name that smp knows, or a file.
-        padding: of the encoder, see :func:`padprobe.set_padding`.
+        encoder_padding: see :func:`padprobe.set_padding`.
         image_size: S in pixels.
         lr: the highest learning rate.
         weight_decay: of AdamW.
@@ -38,18 +38,16 @@ class ClassificationTask(Task):
         encoder: str = "smp:vgg16",
         encoder_options: dict[str, Any] | None = None,
         encoder_weights: str = "untrained",
-        padding: str = "zeros",
+        encoder_padding: str = "zeros",
         image_size: int = 224,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         seed: int = 0,
     ) -> None:
-        network = ClassificationNetwork(
-            build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed), classes, image_size
-        )
-        super().__init__(
-            network, MetricCollection({"top1": MulticlassAccuracy(classes, average="micro")}), lr, weight_decay
-        )
+        backbone = build_encoder(encoder, encoder_options, encoder_weights, encoder_padding, image_size, seed)
+        network = ClassificationNetwork(backbone, classes, image_size)
+        metrics = MetricCollection({"top1": MulticlassAccuracy(classes, average="micro")})
+        super().__init__(network, metrics, lr=lr, weight_decay=weight_decay)
         self.save_hyperparameters()
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:

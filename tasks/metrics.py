@@ -17,6 +17,7 @@ class SaliencyScores(Metric):
 
     - ``max_fmeasure``: per image the F-measure at each of 256 thresholds; the mean over images at each threshold; the
       maximum over thresholds;
+    - ``mean_fmeasure``: the mean over thresholds instead;
     - ``adaptive_fmeasure``: at the image's own threshold, twice its mean (at most 1);
     - ``mae``: mean absolute error.
 
@@ -41,9 +42,7 @@ class SaliencyScores(Metric):
                 f"prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)}: expected (B, H, W) both"
             )
         b = len(prediction)
-        p, salient = prediction.double().flatten(1), mask.flatten(1) > 0.5
-        low, high = p.amin(1, keepdim=True), p.amax(1, keepdim=True)
-        p = torch.where(high > low, (p - low) / (high - low).clamp_min(torch.finfo(p.dtype).tiny), p.clamp(0, 1))
+        p, salient = _scaled(prediction).flatten(1), mask.flatten(1) > 0.5
 
         level = (p * 255).long()  # the bin of each pixel, and from it how many pixels lie at or over each threshold
         bins = level + 256 * torch.arange(b, device=p.device)[:, None]
@@ -65,9 +64,60 @@ class SaliencyScores(Metric):
     def compute(self) -> dict[str, Tensor]:
         return {
             "max_fmeasure": (self.curve.max() / self.count).float(),
+            "mean_fmeasure": (self.curve.mean() / self.count).float(),
             "adaptive_fmeasure": (self.adaptive / self.count).float(),
             "mae": (self.error / self.count).float(),
         }
+
+
+class StructureScores(Metric):
+    """S-measure and E-measure of saliency maps, over any number of batches and processes.
+
+    ``update`` takes what :class:`SaliencyScores` takes, and scales predictions likewise. ``compute`` gives
+
+    - ``smeasure``: the mean over images;
+    - ``max_emeasure``: the mean over images at each of 256 thresholds, the maximum over thresholds.
+
+    They are computed by the PySODMetrics package on the CPU, image by image: for tests, not for every validation.
+
+    Source: Fan et al., ICCV 2017 (S-measure) and IJCAI 2018 (E-measure).
+    """
+
+    full_state_update = False
+    structure: Tensor
+    enhanced: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("structure", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("enhanced", torch.zeros(256, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        from py_sod_metrics import Emeasure, Smeasure
+
+        scaled = _scaled(prediction).cpu().numpy()
+        for p, salient in zip(scaled, (mask > 0.5).cpu().numpy(), strict=True):
+            structure, enhanced = Smeasure(), Emeasure()
+            structure.step(p, salient, normalize=False)
+            enhanced.step(p, salient, normalize=False)
+            self.structure += float(structure.get_results()["sm"])
+            self.enhanced += torch.from_numpy(enhanced.get_results()["em"]["curve"]).to(self.enhanced)
+            self.count += 1
+
+    def compute(self) -> dict[str, Tensor]:
+        return {
+            "smeasure": (self.structure / self.count).float(),
+            "max_emeasure": (self.enhanced.max() / self.count).float(),
+        }
+
+
+def _scaled(prediction: Tensor) -> Tensor:
+    """Each map (B, H, W) min-max scaled to [0, 1] in float64; a constant one clamped to it."""
+    p = prediction.double()
+    low, high = p.amin((1, 2), keepdim=True), p.amax((1, 2), keepdim=True)
+    return torch.where(high > low, (p - low) / (high - low).clamp_min(torch.finfo(p.dtype).tiny), p.clamp(0, 1))
 
 
 def _fmeasure(hits: Tensor, found: Tensor, there: Tensor) -> Tensor:

@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MetricCollection
 
-from tasks.base import Task
-from tasks.metrics import SaliencyScores
-from tasks.networks import DenseNetwork, build_encoder
+from tasks.base import DenseTask
+from tasks.metrics import SaliencyScores, StructureScores
 
 
-class SaliencyTask(Task):
-    """Predicts which pixels are salient; logs ``max_fmeasure``, ``adaptive_fmeasure`` (beta^2 = .3) and ``mae``.
+class SaliencyTask(DenseTask):
+    """Predicts which pixels are salient; logs F-measures (beta^2 = .3) and ``mae``, at test S- and E-measure too.
 
-    Batches need ``image`` (B, 3, S, S) and ``mask`` (B, 1, S, S) in [0, 1]. Loss: binary cross-entropy + Dice.
+    Batches need ``image`` (B, 3, S, S) and ``mask`` (B, 1, S, S) in [0, 1]. Loss: binary cross-entropy + Dice. The
+    position-only baseline is the mean training mask.
 
     Args:
-        encoder: an smp encoder, such as ``smp:vgg16``.
-        encoder_options: further arguments of its constructor.
-        encoder_weights: ``untrained``, a name that smp knows, or a file.
-        padding: of the encoder, see :func:`padprobe.set_padding`.
-        image_size: S in pixels.
-        alignment: of an unpadded encoder's maps, see :class:`~tasks.networks.DenseNetwork`; ``"context"`` wants images
-            that are larger than S, labels are S x S.
-        lr: the highest learning rate.
-        weight_decay: of AdamW.
-        seed: of untrained weights.
+        options: see :class:`~tasks.base.DenseTask`.
     """
 
     target = "mask"
 
-    def __init__(
-        self,
-        encoder: str = "smp:vgg16",
-        encoder_options: dict[str, Any] | None = None,
-        encoder_weights: str = "untrained",
-        padding: str = "zeros",
-        image_size: int = 224,
-        alignment: Literal["stretch", "context"] = "stretch",
-        lr: float = 1e-3,
-        weight_decay: float = 1e-4,
-        seed: int = 0,
-    ) -> None:
-        backbone = build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed)
-        network = DenseNetwork(backbone, 1, image_size, alignment)
-        super().__init__(network, MetricCollection([SaliencyScores()]), lr, weight_decay)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(1, MetricCollection([SaliencyScores()]), MetricCollection([StructureScores()]), **options)
         self.save_hyperparameters()
         self.dice = DiceLoss("binary")
 
@@ -57,3 +37,9 @@ class SaliencyTask(Task):
 
     def scored(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return logits.sigmoid()[:, 0], target[:, 0]
+
+    def position_logits(self, targets: Iterable[Tensor]) -> Tensor:
+        total, n = torch.zeros(()), 0
+        for masks in targets:
+            total, n = total + masks.double().sum(0), n + len(masks)
+        return torch.logit((total / n).float(), 1e-6)

@@ -2,59 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MetricCollection
+from torchmetrics import ClasswiseWrapper, MetricCollection
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from tasks.base import Task
-from tasks.networks import DenseNetwork, build_encoder
+from tasks.base import DenseTask
 
 
-class SegmentationTask(Task):
+class SegmentationTask(DenseTask):
     """Predicts every pixel's class; logs ``miou``, the mean over classes of the intersection over union.
 
-    Batches need ``image`` (B, 3, S, S) and ``labels`` (B, S, S), int64. Loss: cross-entropy.
+    At test the IoU of each class is logged as ``test/iou_NAME``. A class that neither labels nor predictions have does
+    not count. Batches need ``image`` (B, 3, S, S) and ``labels`` (B, S, S), int64. Loss: cross-entropy. The
+    position-only baseline is each pixel's most frequent class in the training labels.
 
     Args:
-        classes: number of classes.
-        encoder: an smp encoder, such as ``smp:vgg16``.
-        encoder_options: further arguments of its constructor.
-        encoder_weights: ``untrained``, a name that smp knows, or a file.
-        padding: of the encoder, see :func:`padprobe.set_padding`.
-        ignore_index: label of pixels that count neither in the loss nor in the score.
-        image_size: S in pixels.
-        alignment: of an unpadded encoder's maps, see :class:`~tasks.networks.DenseNetwork`; ``"context"`` wants images
-            that are larger than S, labels are S x S.
-        lr: the highest learning rate.
-        weight_decay: of AdamW.
-        seed: of untrained weights.
+        classes: names of the classes, or their number.
+        ignore_index: label of pixels that count neither in the loss nor in the scores.
+        class_weights: of the loss, one a class.
+        options: see :class:`~tasks.base.DenseTask`.
     """
 
     target = "labels"
 
     def __init__(
         self,
-        classes: int,
-        encoder: str = "smp:vgg16",
-        encoder_options: dict[str, Any] | None = None,
-        encoder_weights: str = "untrained",
-        padding: str = "zeros",
+        classes: int | list[str],
         ignore_index: int = 255,
-        image_size: int = 224,
-        alignment: Literal["stretch", "context"] = "stretch",
-        lr: float = 1e-3,
-        weight_decay: float = 1e-4,
-        seed: int = 0,
+        class_weights: list[float] | None = None,
+        **options: Any,
     ) -> None:
-        backbone = build_encoder(encoder, encoder_options, encoder_weights, padding, image_size, seed)
-        network = DenseNetwork(backbone, classes, image_size, alignment)
-        miou = MulticlassJaccardIndex(classes, ignore_index=ignore_index, validate_args=False)
-        super().__init__(network, MetricCollection({"miou": miou}), lr, weight_decay)
+        names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
+        if class_weights is not None and len(class_weights) != len(names):
+            raise ValueError(
+                f"class_weights has {len(class_weights)} numbers; expected one for each of {len(names)} classes"
+            )
+        jaccard: Any = {"num_classes": len(names), "ignore_index": ignore_index, "validate_args": False}
+        each = ClasswiseWrapper(MulticlassJaccardIndex(average="none", **jaccard), names, prefix="iou_")
+        metrics = MetricCollection({"miou": MulticlassJaccardIndex(**jaccard)})
+        super().__init__(len(names), metrics, MetricCollection({"iou": each}), **options)
         self.save_hyperparameters()
         self.ignore_index = ignore_index
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(logits, target, ignore_index=self.ignore_index)
+        weights: Any = self.class_weights
+        return cross_entropy(logits, target, weights, ignore_index=self.ignore_index)
+
+    def position_logits(self, targets: Iterable[Tensor]) -> Tensor:
+        classes = self.metrics["val_"]["miou"].num_classes  # type: ignore[index, union-attr]
+        return sum(torch.stack([(labels == k).sum(0) for k in range(classes)]) for labels in targets).float()  # type: ignore[union-attr]

@@ -136,13 +136,16 @@ def config(tmp_path):
 
 
 def test_fit_trains_from_yaml_and_its_checkpoint_can_be_probed_and_tested(config, tmp_path):
-    assert main(["fit", "--config", str(config), "--model.init_args.padding=valid"]) == 0
+    assert main(["fit", "--config", str(config), "--model.init_args.encoder_padding=valid"]) == 0
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     encoder = load_encoder(checkpoint)
     assert list_padding(encoder) == []
     assert encoder.out_channels == [8, 16, 16]
     assert (
-        main(["test", "--config", str(config), "--model.init_args.padding=valid", "--ckpt_path", str(checkpoint)]) == 0
+        main(
+            ["test", "--config", str(config), "--model.init_args.encoder_padding=valid", "--ckpt_path", str(checkpoint)]
+        )
+        == 0
     )
     command = ["probe", "--encoder", str(checkpoint), "--image-size", "32", "--limit-train", "8", "--limit-test", "4"]
     script = Path(sys.executable).with_name(

@@ -44,7 +44,7 @@ def study(tmp_path):
                 "task": "SOD",
                 "data": "scenes",
                 "fit": str(tmp_path / "fit.yaml"),
-                "overrides": {"model.init_args.padding": "valid"},
+                "overrides": {"model.init_args.encoder_padding": "valid"},
             },
         },
     }

@@ -254,7 +254,7 @@ def _paper_table5(tasks: set[str]) -> list[Table]:
 
 
 def _metric(name: str) -> str:
-    return f"{name} (lower is better)" if name.lower() in ("mae", "loss") else name
+    return f"{name} (lower is better)" if name.lower().startswith("mae") else name
 
 
 def trajectory_lines(trajectory: pd.DataFrame) -> Table:

@@ -190,3 +190,7 @@ class ScenesDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(self.test, self.batch_size, num_workers=self.num_workers)
+
+    def label_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The training scenes in order: what position alone can know of their labels."""
+        return DataLoader(self.train, self.batch_size, num_workers=self.num_workers)

@@ -1,8 +1,10 @@
 import numpy as np
+import py_sod_metrics as sod
 import pytest
 import torch
 
-from tasks.metrics import SaliencyScores
+from tasks.metrics import SaliencyScores, StructureScores
+from tasks.segmentation import SegmentationTask
 
 
 def direct(prediction: np.ndarray, mask: np.ndarray):
@@ -23,8 +25,11 @@ def direct(prediction: np.ndarray, mask: np.ndarray):
     return curve, f(p >= min(2 * p.mean(), 1)), np.abs(p - mask).mean()
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "good", "constant", "empty mask", "full mask"])
-def test_scores_are_those_of_a_direct_loop(kind):
+KINDS = ["random", "ties", "good", "constant", "empty mask", "full mask"]
+
+
+def examples(kind: str):
+    """Predictions (6, 12, 9) float32 and masks, bool."""
     rng = np.random.default_rng(0)
     mask = rng.random((6, 12, 9)) < 0.3
     prediction = rng.random((6, 12, 9)).astype(np.float32)
@@ -38,6 +43,12 @@ def test_scores_are_those_of_a_direct_loop(kind):
         mask[::2] = False
     elif kind == "full mask":
         mask[1] = True
+    return prediction, mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_a_direct_loop(kind):
+    prediction, mask = examples(kind)
     scores = SaliencyScores()
     for part in (slice(0, 2), slice(2, 6)):
         scores.update(torch.from_numpy(prediction[part]), torch.from_numpy(mask[part]).float())
@@ -45,6 +56,7 @@ def test_scores_are_those_of_a_direct_loop(kind):
     images = [direct(p, m) for p, m in zip(prediction, mask, strict=True)]
     assert result["max_fmeasure"].item() == pytest.approx(np.mean([c for c, _, _ in images], 0).max(), abs=1e-6)
     assert result["adaptive_fmeasure"].item() == pytest.approx(np.mean([a for _, a, _ in images]), abs=1e-6)
+    assert result["mean_fmeasure"].item() == pytest.approx(np.mean([c for c, _, _ in images]), abs=1e-6)
     assert result["mae"].item() == pytest.approx(np.mean([e for _, _, e in images]), abs=1e-6)
 
 
@@ -55,8 +67,59 @@ def test_a_perfect_map_scores_one_and_shapes_must_agree():
     scores.update(mask, mask)
     assert {k: round(v.item(), 6) for k, v in scores.compute().items()} == {
         "max_fmeasure": 1,
+        "mean_fmeasure": pytest.approx(1, abs=0.01),  # everything is chosen at the lowest of 256 thresholds
         "adaptive_fmeasure": 1,
         "mae": 0,
     }
     with pytest.raises(ValueError, match="expected"):
         scores.update(mask[None], mask[None])
+
+
+@pytest.mark.filterwarnings("ignore:This class will be removed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_pysodmetrics(kind):
+    prediction, mask = examples(kind)
+    ours, structure = SaliencyScores(), StructureScores()
+    for part in (slice(0, 2), slice(2, 6)):
+        maps = torch.from_numpy(prediction[part]), torch.from_numpy(mask[part]).float()
+        ours.update(*maps)
+        structure.update(*maps)
+    f, error, s, e = sod.Fmeasure(), sod.MAE(), sod.Smeasure(), sod.Emeasure()
+    for p, m in zip(prediction, mask, strict=True):
+        p = p.astype(np.float64)
+        if p.max() > p.min():
+            p = (p - p.min()) / (p.max() - p.min())
+        for metric in (f, error, s, e):
+            metric.step(p, m, normalize=False)
+    curve = f.get_results()["fm"]["curve"]
+    expected = {
+        "max_fmeasure": curve.max(),
+        "mean_fmeasure": curve.mean(),
+        "adaptive_fmeasure": f.get_results()["fm"]["adp"],
+        "mae": error.get_results()["mae"],
+        "smeasure": s.get_results()["sm"],
+        "max_emeasure": e.get_results()["em"]["curve"].max(),
+    }
+    found = {k: v.item() for k, v in (ours.compute() | structure.compute()).items()}
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("ignored", [255, 4])
+def test_miou_is_that_of_a_direct_confusion_matrix(vgg_options, ignored):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (4, 8, 8))  # class 3 is never there
+    labels[rng.random(labels.shape) < 0.2] = ignored
+    logits = rng.integers(0, 2, (4, 4, 8, 8)).astype(np.float32)  # ties: the first of the largest wins
+    logits[:, 3] = -1
+    logits[:2, 2] = -1
+    task = SegmentationTask(4, ignored, encoder="smp:vgg11", encoder_options=vgg_options, image_size=32)
+    for part in (slice(0, 1), slice(1, 4)):
+        task.metrics["test_"].update(torch.from_numpy(logits[part]), torch.from_numpy(labels[part]))
+    found = {k: v.item() for k, v in task.metrics["test_"].compute().items()}
+
+    chosen, kept = logits.argmax(1), labels != ignored
+    confusion = np.zeros((4, 4))
+    np.add.at(confusion, (labels[kept], chosen[kept]), 1)
+    hits, union = np.diag(confusion), confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    assert found["test/miou"] == pytest.approx((hits[:3] / union[:3]).mean(), abs=1e-4)
+    assert [found[f"test/iou_{k}"] for k in range(3)] == pytest.approx(hits[:3] / union[:3], abs=1e-4)

@@ -1,18 +1,33 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
-from padprobe import PositionProbeCallback, load_encoder
+from padprobe import PositionProbeCallback
 from padprobe.padding import list_padding
 from tasks.classification import ClassificationTask
+from tasks.data.labels import LabelFolders
+from tasks.data.saliency import SaliencyData, SaliencyFolder
 from tasks.data.scenes import ScenesDataModule
-from tasks.networks import DenseNetwork
 from tasks.saliency import SaliencyTask
 from tasks.segmentation import SegmentationTask
+from tests.conftest import trainer
 
 TASKS = {
-    SaliencyTask: ({}, {"test/max_fmeasure", "test/adaptive_fmeasure", "test/mae"}),
-    SegmentationTask: ({"classes": 5}, {"test/miou"}),
+    SaliencyTask: (
+        {},
+        {"test/max_fmeasure", "test/mean_fmeasure", "test/adaptive_fmeasure", "test/mae", "test/smeasure"}
+        | {"test/max_emeasure", "test/position_only_max_fmeasure", "test/position_only_mae"},
+    ),
+    SegmentationTask: (
+        {"classes": ["a", "b", "c", "d", "e"]},
+        {"test/miou", "test/iou_c", "test/position_only_miou"},
+    ),
     ClassificationTask: ({"classes": 3}, {"test/top1"}),
 }
 
@@ -21,23 +36,17 @@ TASKS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_trains_with_the_probe_attached_and_scores(tmp_path, vgg_options, task, padding):
     options, metrics = TASKS[task]
-    module = task(**options, encoder="smp:vgg11", encoder_options=vgg_options, padding=padding, image_size=32, lr=0.01)
+    module = task(
+        **options, encoder="smp:vgg11", encoder_options=vgg_options, encoder_padding=padding, image_size=32, lr=0.01
+    )
     before = {k: v.clone() for k, v in module.net.state_dict().items()}
     data = ScenesDataModule(train=16, val=8, test=8, image_size=32, batch_size=8)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[PositionProbeCallback(image_size=32, grid=8)],
-    )
-    trainer.fit(module, datamodule=data)
-    scores = trainer.test(module, datamodule=data, verbose=False)[0]
+    fitter = trainer(tmp_path, PositionProbeCallback(image_size=32, grid=8), max_epochs=1)
+    fitter.fit(module, datamodule=data)
+    scores = fitter.test(module, datamodule=data, verbose=False)[0]
     assert metrics <= scores.keys()
     assert all(0 <= scores[name] <= 1 for name in metrics)
-    assert {"position/H/spc", "val/loss"} <= trainer.callback_metrics.keys() | {"val/loss"}
+    assert {"position/H/spc", "val/loss"} <= fitter.callback_metrics.keys() | {"val/loss"}
     changed = [k for k, v in module.net.state_dict().items() if not torch.equal(v, before[k])]
     assert any("encoder" in k for k in changed)
 
@@ -45,51 +54,100 @@ def test_a_task_trains_with_the_probe_attached_and_scores(tmp_path, vgg_options,
 @pytest.mark.parametrize("task", TASKS)
 def test_only_the_encoder_pads_and_only_if_asked(vgg_options, task):
     options = TASKS[task][0] | {"encoder": "smp:vgg11", "encoder_options": vgg_options, "image_size": 32}
-    assert list_padding(task(**options, padding="valid")) == []
-    padded = list_padding(task(**options, padding="zeros"))
+    assert list_padding(task(**options, encoder_padding="valid")) == []
+    padded = list_padding(task(**options, encoder_padding="zeros"))
     assert padded
     assert all("encoder" in row.layer for row in padded)
 
 
-@pytest.mark.parametrize("padding", ["zeros", "valid"])
-def test_a_dense_network_gives_every_pixel_a_score(vgg_options, padding):
-    encoder = load_encoder("smp:vgg11", padding=padding, options=vgg_options)
-    assert DenseNetwork(encoder, 7, 40)(torch.rand(2, 3, 40, 40)).shape == (2, 7, 40, 40)
-    with pytest.raises(ValueError, match="30 x 30 px"):
-        DenseNetwork(encoder, 7, 40)(torch.rand(2, 3, 30, 30))
-
-
-def test_with_context_an_unpadded_network_sees_the_padded_ones_maps_wherever_no_padding_reaches(vgg_options):
-    image = torch.rand(1, 3, 160, 160)
-    maps = {}
-    for padding in ("zeros", "valid"):
-        network = DenseNetwork(load_encoder("smp:vgg11", padding=padding, options=vgg_options), 2, 96, "context").eval()
-        seen = []
-        for lateral in network.laterals:
-            lateral.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
-        network(image)
-        maps[padding] = seen
-    for stage, (padded, unpadded) in enumerate(zip(maps["zeros"], maps["valid"], strict=True)):
-        assert padded.shape == unpadded.shape
-        reach = {0: 2, 1: 6, 2: 8}[stage]  # cells that padding can reach, generously
-        inner = (..., slice(reach, -reach), slice(reach, -reach))
-        assert padded[inner].numel() > 0
-        assert torch.allclose(padded[inner], unpadded[inner], atol=1e-4)
-        assert not torch.allclose(padded, unpadded, atol=1e-4)
-    unpadded = DenseNetwork(load_encoder("smp:vgg11", padding="valid", options=vgg_options), 2, 96, "context")
-    with pytest.raises(ValueError, match="give the data more context"):
-        unpadded(image[..., :96, :96])
-
-
-def test_an_unpadded_dense_network_is_blind_on_a_constant_image(vgg_options):
-    for padding, blind in (("valid", True), ("zeros", False)):
-        network = DenseNetwork(load_encoder("smp:vgg11", padding=padding, options=vgg_options), 2, 48).eval()
-        logits = network(torch.full((1, 3, 48, 48), 0.7))
-        assert bool((logits.amax((2, 3)) - logits.amin((2, 3))).max() < 1e-5) == blind
-
-
 def test_bad_networks_are_refused_before_training(vgg_options):
     with pytest.raises(ValueError, match=r"20 x 20 image is too small .*: the smallest that works is"):
-        SaliencyTask("smp:vgg11", vgg_options, padding="valid", image_size=20)
+        SaliencyTask(encoder="smp:vgg11", encoder_options=vgg_options, encoder_padding="valid", image_size=20)
     with pytest.raises(ValueError, match="built on smp encoders"):
-        SaliencyTask("torchvision:vgg11")
+        SaliencyTask(encoder="torchvision:vgg11")
+    with pytest.raises(ValueError, match=r"unknown optimizer 'adam'.*adamw"):
+        SaliencyTask(encoder="smp:vgg11", encoder_options=vgg_options, optimizer="adam")
+    with pytest.raises(ValueError, match="class_weights has 1 numbers; expected one for each of 2 classes"):
+        SegmentationTask(2, class_weights=[1.0], encoder="smp:vgg11", encoder_options=vgg_options)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_learning_rate_falls_from_its_highest_to_zero(tmp_path, vgg_options, optimizer, schedule):
+    options = {"lr": 0.01, "optimizer": optimizer, "schedule": schedule, "image_size": 32}
+    module = SaliencyTask(encoder="smp:vgg11", encoder_options=vgg_options, **options)
+    rates = []
+    module.on_train_batch_start = lambda *_: rates.append(module.optimizers().param_groups[0]["lr"])
+    fitter = trainer(tmp_path, max_epochs=2)
+    fitter.fit(module, datamodule=ScenesDataModule(train=16, val=2, test=2, image_size=32, batch_size=4))
+    last = module.optimizers().param_groups[0]["lr"]
+    assert rates[0] == 0.01
+    assert rates == sorted(rates, reverse=True)
+    assert last == pytest.approx(0, abs=1e-9)
+    middle = {"cosine": 0.005, "poly": 0.01 * 0.5**0.9}[schedule]
+    assert rates[4] == pytest.approx(middle)
+
+
+def test_the_baseline_is_what_position_alone_knows(tmp_path, vgg_options, pictures):
+    left, right = np.zeros((16, 16), np.uint8), np.ones((16, 16), np.uint8)
+    half = np.concatenate([left[:, :8], right[:, :8]], 1)
+    for split, labels in {"train": [half, half, left], "val": [half], "test": [half, left]}.items():
+        for i, answer in enumerate(labels):
+            pictures(f"images/{split}/{i}.png", np.zeros((16, 16, 3), np.uint8))
+            pictures(f"masks/{split}/{i}.png", answer)
+    data = LabelFolders(str(pictures.folder), ["a", "b"], image_size=32, batch_size=2)
+    module = SegmentationTask(["a", "b"], encoder="smp:vgg11", encoder_options=vgg_options, image_size=32)
+    scores = trainer(tmp_path).test(module, datamodule=data, verbose=False)[0]
+    # it says `half` of both test images: of class a 2 of 3 quarters are found, of class b 1 quarter of 2 is right
+    assert scores["test/position_only_miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    pictures("saliency/images/0.png", np.zeros((16, 16, 3), np.uint8))
+    pictures("saliency/masks/0.png", 255 * half)
+    pictures("saliency/images/1.png", np.zeros((16, 16, 3), np.uint8))
+    pictures("saliency/masks/1.png", 255 * half)
+    folder = SaliencyFolder(str(pictures.folder / "saliency"))
+    module = SaliencyTask(encoder="smp:vgg11", encoder_options=vgg_options, image_size=16)
+    scores = trainer(tmp_path).test(module, datamodule=SaliencyData(folder, folder, image_size=16), verbose=False)[0]
+    assert scores["test/position_only_max_fmeasure"] == pytest.approx(1)
+    assert scores["test/position_only_mae"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_score_every_image_once(tmp_path, vgg_options):
+    """An odd number of images: a DistributedSampler gives one of them to both."""
+    scores = {}
+    for devices in (1, 2):
+        script = tmp_path / f"{devices}.py"
+        script.write_text(
+            DISTRIBUTED.format(options=vgg_options, devices=devices, out=str(tmp_path / f"{devices}.json"))
+        )
+        root = Path(__file__).parents[2]
+        environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, str(script)], check=True, env=environment, timeout=240)
+        scores[devices] = json.loads((tmp_path / f"{devices}.json").read_text())
+    assert {"test/miou", "test/max_fmeasure", "test/mae", "test/smeasure", "val/miou"} <= scores[1].keys()
+    for name in scores[1]:
+        if not name.endswith("loss"):
+            assert scores[2][name] == pytest.approx(scores[1][name], abs=1e-5), name
+
+
+DISTRIBUTED = """
+import json
+from lightning.pytorch import Trainer, seed_everything
+from tasks.data.scenes import ScenesDataModule
+from tasks.saliency import SaliencyTask
+from tasks.segmentation import SegmentationTask
+
+if __name__ == "__main__":
+    seed_everything(0, verbose=False)
+    options = dict(encoder="smp:vgg11", encoder_options={options}, image_size=32)
+    scores = {{}}
+    for module in (SaliencyTask(**options), SegmentationTask(5, **options)):
+        data = ScenesDataModule(train=8, val=5, test=7, image_size=32, batch_size=2)
+        quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
+        strategy = "ddp" if {devices} > 1 else "auto"
+        trainer = Trainer(accelerator="cpu", devices={devices}, strategy=strategy, **quiet)
+        scores |= trainer.validate(module, datamodule=data, verbose=False)[0]
+        scores |= trainer.test(module, datamodule=data, verbose=False)[0]
+    if trainer.is_global_zero:
+        json.dump(scores, open({out!r}, "w"))
+"""
