@@ -1,4 +1,5 @@
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,41 @@ def test_fit_trains_from_yaml_and_its_checkpoint_can_be_probed_and_tested(config
     )  # in a process of its own: pytest's sys.path hides what it needs
     subprocess.run([script, *command, "--out", tmp_path / "out"], check=True, capture_output=True)
     assert set(Results.load(tmp_path / "out").rows.padding) == {"valid"}
+
+
+@pytest.mark.slow
+def test_a_named_run_is_trained_by_two_processes_resumed_and_never_overwritten(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["callbacks"].append(
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"filename": "best", "monitor": "val/max_fmeasure", "mode": "max", "save_last": True},
+        }
+    )
+    config.write_text(yaml.safe_dump(content))
+    (tmp_path / "tasks").symlink_to(Path(__file__).parents[1] / "tasks")
+    script = Path(sys.executable).with_name("padprobe")
+    command = [script, "fit", "--config", config, "--run", "first"]
+
+    def fit(*options: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp")
+    done = fit(*two)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "checkpoints" / "first"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 1  # 16 images, 8 for each process
+
+    refused = fit()
+    assert refused.returncode
+    assert "has checkpoints of an earlier run: resume it with --ckpt_path last" in refused.stderr
+    done = fit(*two, "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert done.returncode == 0, done.stderr
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert load_encoder(folder / "best.ckpt").out_channels == [8, 16, 16]
 
 
 def test_an_unknown_key_in_a_config_is_named(config, capsys):
