@@ -1,10 +1,11 @@
 """What the callback costs a training: VGG16 segmentation at 224 px, batches of 8, five targets, the paper's readout.
 
-python -m benchmarks.callback_overhead [--rounds 8] [--steps 2] [--batch-size 8] [--precision 32-true]
+python -m benchmarks.callback_overhead [--rounds 8] [--steps 2] [--batch-size 8] [--precision 32-true] [--kinds ...]
 
 One training runs in blocks of steps, in turn without the callback, with it, with `every_n_steps=2`, and with what is
 otherwise done: a second pass of the encoder for the probe. Prints each one's time beside that of the block without it
-in the same round (the median and the range over rounds), and the memory that it takes. The first round does not count.
+in the same round (the mean over rounds, with its 95% interval, and the range), and the memory that it takes. The first
+round does not count.
 """
 
 import argparse
@@ -35,13 +36,13 @@ def clock() -> float:
 class Alternate(Callback):
     """Runs the kinds in turn, each for a block of steps, and times the blocks."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    def __init__(self, kinds: list[str], steps: int) -> None:
+        self.kinds, self.steps = kinds, steps
+        self.seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         self.memory = dict.fromkeys(KINDS, 0)
 
     def now(self, batch_idx: int) -> str:
-        return list(KINDS)[batch_idx // self.steps % len(KINDS)]
+        return self.kinds[batch_idx // self.steps % len(self.kinds)]
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         kind = self.now(batch_idx)
@@ -80,13 +81,14 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2, help="of a block")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
 
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(options.batch_size, 3, 224, 224, generator=generator)
     labels = torch.randint(11, (options.batch_size, 224, 224), generator=generator)
-    batches = [{"image": image, "labels": labels}] * (options.steps * len(KINDS) * (options.rounds + 1))
-    alternate = Alternate(options.steps)
+    batches = [{"image": image, "labels": labels}] * (options.steps * len(options.kinds) * (options.rounds + 1))
+    alternate = Alternate(options.kinds, options.steps)
     trainer = Trainer(
         accelerator="auto",
         devices=1,
@@ -106,7 +108,8 @@ if __name__ == "__main__":
     without = alternate.seconds["without"][1:]
     for kind, seconds in alternate.seconds.items():
         ratios = [a / b for a, b in zip(seconds[1:], without, strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
+        error = 1.96 * statistics.stdev(ratios) / len(ratios) ** 0.5
+        spread = f"{statistics.mean(ratios):.3f} +- {error:.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
         memory = f"  {(alternate.memory[kind] - alternate.memory['without']) / 1e6:+.0f} MB" if cuda else ""
         print(f"{kind:20} {statistics.median(seconds[1:]):8.4f} s a step  {spread}{memory}")
     probe = KINDS["with the callback"]._probes[""]
