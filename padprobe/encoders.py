@@ -26,11 +26,12 @@ def load_encoder(
     """An encoder in evaluation mode.
 
     Args:
-        name: ``"torchvision:vgg16"``, ``"smp:resnet34"``, ``"timm:convnext_tiny"``, or the path of a Lightning
-            checkpoint (``.ckpt``), whose ``encoder`` submodule is taken with the weights and padding it was
-            trained with.
-        weights: ``"untrained"``, a name that the library knows (``"IMAGENET1K_V1"``, ``"imagenet"``, a timm tag), which
-            may be downloaded, or the path of a state dict (loaded as weights only; head weights may be missing).
+        name: ``"torchvision:vgg16"``, ``"smp:resnet34"`` (``"smp:tu-NAME"``: one of timm's under smp's interface),
+            ``"timm:convnext_tiny"``, or the path of a Lightning checkpoint (``.ckpt``), whose ``encoder`` submodule is
+            taken with the weights and padding it was trained with.
+        weights: ``"untrained"``, a name that the library knows (``"IMAGENET1K_V1"``, ``"imagenet"``, a timm tag;
+            torchvision's names for smp's encoders of the same name), which may be downloaded, or the path of a state
+            dict (loaded as weights only; head weights may be missing).
         padding: how it pads, see :func:`~padprobe.set_padding`; "zeros" leaves it as it was built or trained.
         seed: of untrained weights; the global random state is left alone.
         options: further arguments of the library's constructor, such as smp's ``config`` and ``out_channels`` of a VGG.
@@ -72,18 +73,35 @@ def _torchvision(architecture: str, weights: str | Path, options: dict[str, Any]
     from torchvision import models
 
     check_name(architecture, models.list_models(models), "torchvision encoder")
-    known = list(models.get_model_weights(architecture).__members__)
-    return models.get_model(architecture, weights=_check_weights(weights, known), **options)
+    name = _check_weights(weights, list(_torchvision_weights(architecture)))
+    return models.get_model(architecture, weights=name, **options)
+
+
+def _torchvision_weights(architecture: str) -> dict[str, Any]:
+    """torchvision's weights of an architecture by name; none where it does not have it."""
+    from torchvision import models
+
+    known = architecture in models.list_models(models)
+    return dict(models.get_model_weights(architecture).__members__) if known else {}
 
 
 def _smp(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
     from segmentation_models_pytorch.encoders import encoders, get_encoder
 
+    if architecture.startswith("tu-"):  # any of timm's under smp's interface
+        tag = _timm_tag(architecture[3:], weights)
+        name = f"{architecture}.{tag}" if tag else architecture
+        return get_encoder(name, weights=True if tag else None, **options)
     check_name(architecture, encoders, "smp encoder")
+    theirs = _torchvision_weights(architecture)  # smp's VGG, ResNet and DenseNet are torchvision's
     known = list(encoders[architecture].get("pretrained_settings", {}))
-    pretrained = _check_weights(weights, known)
+    pretrained = _check_weights(weights, [*known, *theirs])
     if pretrained and options:
         raise ValueError(f"options {options} change the encoder, so the weights {pretrained!r} would not fit it")
+    if pretrained in theirs:
+        encoder = _smp(architecture, "untrained", {})
+        encoder.load_state_dict(theirs[pretrained].get_state_dict(progress=False, check_hash=True))
+        return encoder
     if pretrained:
         return get_encoder(architecture, weights=pretrained)
     # as get_encoder() does, which would drop the options
@@ -112,11 +130,17 @@ def _vgg(encoder_class: Any, arguments: dict[str, Any]) -> nn.Module:
 def _timm(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    check_name(architecture, timm.list_models(), "timm encoder")
-    tags = [tag.partition(".")[2] for tag in timm.list_pretrained(architecture)]
-    tag = _check_weights(weights, tags)
+    tag = _timm_tag(architecture, weights)
     name = f"{architecture}.{tag}" if tag else architecture
     return timm.create_model(name, pretrained=tag is not None, features_only=True, **options)
+
+
+def _timm_tag(architecture: str, weights: str | Path) -> str | None:
+    """The tag of the weights of a timm model; None where its own are not wanted."""
+    import timm
+
+    check_name(architecture, timm.list_models(), "timm encoder")
+    return _check_weights(weights, [tag.partition(".")[2] for tag in timm.list_pretrained(architecture)])
 
 
 _BUILD = {"torchvision": _torchvision, "smp": _smp, "timm": _timm}

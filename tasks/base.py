@@ -134,9 +134,9 @@ class DenseTask(Task):
     Args:
         outputs: number of output channels.
         metrics, test_metrics: see :class:`Task`.
-        encoder: an smp encoder, such as ``smp:vgg16``.
+        encoder: an smp encoder, such as ``smp:vgg16``, or with ``smp:tu-`` before its name one of timm's.
         encoder_options: further arguments of its constructor.
-        encoder_weights: ``untrained``, a name that smp knows, or a file.
+        encoder_weights: ``untrained``, a name that smp, torchvision or timm knows, or a file.
         encoder_padding: ``zeros``, ``valid``, ``reflect``, ``replicate`` or ``circular``, see
             :func:`padprobe.set_padding`.
         decoder: ``linear`` (no padding of its own), or smp's ``unet``, ``fpn``, ``deeplabv3plus``, ``pspnet``,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base import ClassificationHead
-from segmentation_models_pytorch.encoders import encoders
 from torch import Tensor, nn
 
 from padprobe.encoders import load_encoder
@@ -235,16 +235,23 @@ def _from_smp(
         "pspnet": {"upsampling": 2**depth},
     }
 
-    def hand_over(depth: int, output_stride: int) -> nn.Module:
-        encoder._output_stride = output_stride
+    def hand_over(name: str, *, output_stride: int = 32, **_: Any) -> nn.Module:
+        if output_stride != 32:
+            if not hasattr(encoder, "make_dilated"):
+                raise NotImplementedError(f"{type(encoder).__name__} cannot be dilated once it is built.")
+            encoder._output_stride = output_stride
+            encoder.make_dilated(output_stride)
         return encoder
 
-    # smp treats some families by the start of their names; it would build a "timm-" encoder itself
-    entry = f"{name.removeprefix('smp:').removeprefix('timm-')} of padprobe"
-    encoders[entry] = {"encoder": hand_over, "params": {}}
+    module = sys.modules[model_class.__module__]
+    get_encoder, module.get_encoder = module.get_encoder, hand_over  # type: ignore[attr-defined]
     try:
         model = model_class(
-            entry, encoder_depth=depth, encoder_weights=None, classes=classes, **{**defaults.get(arch, {}), **options}
+            name.removeprefix("smp:"),
+            encoder_depth=depth,
+            encoder_weights=None,
+            classes=classes,
+            **{**defaults.get(arch, {}), **options},
         )
     except (ValueError, NotImplementedError) as error:
         way_out = ", or an encoder that can be dilated, such as 'smp:resnet18'" if arch == "deeplabv3plus" else ""
@@ -253,7 +260,7 @@ def _from_smp(
             f"({', '.join(d for d in DECODERS if d != arch)}){way_out}"
         ) from error
     finally:
-        del encoders[entry]
+        module.get_encoder = get_encoder  # type: ignore[attr-defined]
     return model.decoder, model.segmentation_head, encoder.output_stride if model.requires_divisible_input_shape else 1
 
 

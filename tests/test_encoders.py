@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torchvision
 
 from padprobe import find_stages, load_encoder
 from padprobe.encoders import find_encoder, untrained_twin
@@ -109,3 +110,17 @@ def test_an_untrained_twin_keeps_the_architecture_and_padding_and_nothing_else()
     assert not torch.equal(twin.conv1.weight, other.conv1.weight)
     with pytest.raises(ValueError, match=r"layer '.*' \(CNBlock\) has parameters and no reset_parameters"):
         untrained_twin(load_encoder("torchvision:convnext_tiny"), 0)
+
+
+def test_smps_encoders_take_torchvisions_weights_and_timms_models(monkeypatch):
+    theirs = torchvision.models.vgg11(weights=None).state_dict()
+    monkeypatch.setattr(torchvision.models.VGG11_Weights, "get_state_dict", lambda self, **_: dict(theirs))
+    encoder = load_encoder("smp:vgg11", "IMAGENET1K_V1")
+    assert torch.equal(encoder.features[0].weight, theirs["features.0.weight"])
+    assert torch.equal(encoder.features[18].weight, theirs["features.18.weight"])
+    with pytest.raises(ValueError, match=r"unknown weights 'IMAGENET1K_V2'.*'IMAGENET1K_V1'"):
+        load_encoder("smp:vgg11", "IMAGENET1K_V2")
+    timm_encoder = load_encoder("smp:tu-resnet10t", options={"depth": 3})
+    assert len(timm_encoder(torch.rand(1, 3, 32, 32))) == 4
+    with pytest.raises(ValueError, match=r"unknown timm encoder 'resnet10'"):
+        load_encoder("smp:tu-resnet10")

@@ -3,8 +3,9 @@ import pickle
 import re
 
 import pytest
+import segmentation_models_pytorch
 import torch
-from segmentation_models_pytorch.encoders import encoders
+from segmentation_models_pytorch.encoders import encoders, get_encoder
 from segmentation_models_pytorch.encoders.vgg import VGGEncoder
 from torch import nn
 
@@ -211,7 +212,13 @@ def test_networks_that_cannot_be_are_refused_with_a_way_out():
     rates = {"decoder_channels": 8, "decoder_atrous_rates": (1, 2, 200)}
     with pytest.raises(ValueError, match="decoder_padding 'valid' works at no image size up to 2048 px"):
         small("deeplabv3plus", decoder_padding="valid", decoder_options=rates)
-    assert "of padprobe" not in str(list(encoders))
+    assert segmentation_models_pytorch.decoders.fpn.model.get_encoder is get_encoder  # smp is as it was
+
+
+def test_a_timm_encoder_stands_under_a_decoder():
+    network = build_network("smp:tu-resnet10t", 2, 64, decoder="fpn", encoder_padding="reflect")
+    assert type(network.encoder).__name__ == "TimmUniversalEncoder"
+    assert network(torch.rand(2, 3, 64, 64)).shape == (2, 2, 64, 64)
 
 
 def test_an_encoder_whose_padding_cannot_be_changed_is_taken_as_it_was_built():
