@@ -30,8 +30,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:  # a config or checkpoint names the modules beside it (tasks, here)
         sys.path.insert(0, str(Path.cwd()))
     if args and args[0] in LIGHTNING:
+        import warnings
+
         from padprobe.fit import lightning_cli
 
+        warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python")
         lightning_cli(args)
         return 0
     options = _parser().parse_args(args)

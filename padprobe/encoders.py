@@ -198,6 +198,8 @@ def _from_checkpoint(path: Path) -> nn.Module:
     if not (isinstance(task, type) and issubclass(task, LightningModule)):
         raise ValueError(f"checkpoint {str(path)!r} names {class_path}, which is no LightningModule")
     hparams.pop("_instantiator", None)
+    if "encoder_weights" in hparams:  # what the training started from, and may be gone
+        hparams["encoder_weights"] = "untrained"
     module = task(**hparams)
     module.load_state_dict(checkpoint["state_dict"])
     return module.get_submodule(find_encoder(module))

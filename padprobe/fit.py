@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -28,16 +29,31 @@ class _CLI(LightningCLI):
         trainer, run = super().instantiate_trainer(**kwargs), self._get(self.config, "run")
         if run:
             folder = Path("checkpoints") / run
-            resumed = self._get(self.config, "ckpt_path")
-            if self.subcommand == "fit" and not resumed and any(folder.glob("*.ckpt")):
-                raise ValueError(
-                    f"{str(folder)!r} has checkpoints of an earlier run: resume it with --ckpt_path last, or give this "
-                    "one another name with --run"
-                )
+            if self.subcommand == "fit" and any(folder.glob("*.ckpt")):
+                self._check_resumed(folder)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = str(folder)
         return trainer
+
+    def _check_resumed(self, folder: Path) -> None:
+        """Raises ValueError unless what is asked for is to go on with the run whose checkpoints lie in ``folder``."""
+        resumed, last = self._get(self.config, "ckpt_path"), folder / "last.ckpt"
+        if not resumed:
+            raise ValueError(
+                f"{str(folder)!r} has checkpoints of an earlier run: resume it with --ckpt_path last, or give this "
+                "one another name with --run"
+            )
+        if resumed != "last" or not last.is_file():
+            return
+        earlier = torch.load(last, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+        now = self.model.hparams
+        for key in now.keys() & earlier.keys():
+            if now[key] != earlier[key]:
+                raise ValueError(
+                    f"{str(last)!r} is of a run with {key} {earlier[key]!r}, and now it is {now[key]!r}: resume it as "
+                    "it was, or give this one another name with --run"
+                )
 
 
 def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> LightningCLI:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -117,11 +118,12 @@ class Task(LightningModule):
         else:
             optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler: torch.optim.lr_scheduler.LRScheduler
-        if self.schedule == "poly":
-            scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-        else:
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+        def factor(step: int) -> float:  # torch's own schedules would keep the old length where a longer run resumes
+            left = 1 - min(step / steps, 1)
+            return left**0.9 if self.schedule == "poly" else (1 - math.cos(math.pi * left)) / 2
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -114,8 +114,8 @@ class StructureScores(Metric):
 
 
 def _scaled(prediction: Tensor) -> Tensor:
-    """Each map (B, H, W) min-max scaled to [0, 1] in float64; a constant one clamped to it."""
-    p = prediction.double()
+    """Each map (B, H, W) min-max scaled to [0, 1] in float64; a constant one clamped to it, NaN as 0."""
+    p = prediction.double().nan_to_num(0.0)
     low, high = p.amin((1, 2), keepdim=True), p.amax((1, 2), keepdim=True)
     return torch.where(high > low, (p - low) / (high - low).clamp_min(torch.finfo(p.dtype).tiny), p.clamp(0, 1))
 

@@ -47,14 +47,30 @@ class SegmentationTask(DenseTask):
         metrics = MetricCollection({"miou": MulticlassJaccardIndex(**jaccard)})
         super().__init__(len(names), metrics, MetricCollection({"iou": each}), **options)
         self.save_hyperparameters()
-        self.ignore_index = ignore_index
+        self.names, self.ignore_index = names, ignore_index
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
+    def setup(self, stage: str) -> None:
+        data = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
+        ours = len(self.names), self.ignore_index
+        if data not in (None, ours):
+            raise ValueError(
+                f"the data have {data[0]} classes and ignore the label {data[1]}, the task {ours[0]} and {ours[1]}: "
+                "give both the same classes and ignore_index"
+            )
+
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         weights: Any = self.class_weights
-        return cross_entropy(logits, target, weights, ignore_index=self.ignore_index)
+        total = cross_entropy(logits, target, weights, ignore_index=self.ignore_index, reduction="sum")
+        counted = (target != self.ignore_index).float()
+        if weights is not None:
+            counted = counted * weights[target.clamp(0, len(weights) - 1)]
+        return total / counted.sum().clamp_min(1e-6)  # torch's mean would be NaN where every pixel is ignored
 
     def position_logits(self, targets: Iterable[Tensor]) -> Tensor:
-        classes = self.metrics["val_"]["miou"].num_classes  # type: ignore[index, union-attr]
-        return sum(torch.stack([(labels == k).sum(0) for k in range(classes)]) for labels in targets).float()  # type: ignore[union-attr]
+        counts = torch.zeros(())
+        for labels in targets:
+            kept = labels.masked_fill(labels == self.ignore_index, -1)
+            counts = counts + torch.stack([(kept == k).sum(0) for k in range(len(self.names))])
+        return counts

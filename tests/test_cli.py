@@ -184,6 +184,8 @@ def test_a_named_run_is_trained_by_two_processes_resumed_and_never_overwritten(c
     refused = fit()
     assert refused.returncode
     assert "has checkpoints of an earlier run: resume it with --ckpt_path last" in refused.stderr
+    refused = fit("--ckpt_path=last", "--model.init_args.encoder_padding=valid")
+    assert "is of a run with encoder_padding 'zeros', and now it is 'valid'" in refused.stderr
     done = fit(*two, "--ckpt_path=last", "--trainer.max_epochs=2")
     assert done.returncode == 0, done.stderr
     last = torch.load(folder / "last.ckpt", weights_only=True)

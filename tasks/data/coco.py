@@ -35,23 +35,25 @@ class CocoLabels:
 
     def __call__(self) -> np.ndarray:
         labels = np.zeros(self.size, np.uint8)
-        for annotation in sorted(self.annotations, key=lambda a: (not a.get("iscrowd"), -a.get("area", 0))):
+        shapes = [(annotation, self._pixels(annotation)) for annotation in self.annotations]
+        for annotation, pixels in sorted(shapes, key=lambda s: (not s[0].get("iscrowd"), -s[1].sum())):
             label = IGNORE if annotation.get("iscrowd") else 1 + self.places[annotation["category_id"]]
-            labels[self._pixels(annotation)] = label
+            labels[pixels] = label
         return (labels > 0).astype(np.float32) if self.salient else labels
 
     def _pixels(self, annotation: dict[str, Any]) -> np.ndarray:
         from pycocotools import mask
 
-        shape = annotation["segmentation"]
         try:
+            shape = annotation["segmentation"]
             if isinstance(shape, list):
                 shape = mask.merge(mask.frPyObjects(shape, *self.size))
             elif isinstance(shape["counts"], list):
                 shape = mask.frPyObjects(shape, *self.size)
             pixels = mask.decode(shape).astype(bool)
         except Exception as error:  # pycocotools raises bare Exceptions
-            raise ValueError(f"{self.source}: annotation {annotation['id']} cannot be read: {error}") from error
+            what = f"annotation {annotation['id']} cannot be read: {type(error).__name__} {error}"
+            raise ValueError(f"{self.source}: {what}") from error
         if pixels.shape != self.size:
             raise ValueError(
                 f"{self.source}: annotation {annotation['id']} is {pixels.shape[1]} x {pixels.shape[0]} px, its image "
@@ -65,10 +67,12 @@ class CocoData(DenseData):
 
     Args:
         root: the data set's folder; environment variables are filled in.
-        train, test: JSON files of annotations (instances or stuff) below ``root``.
-        train_images, test_images: folders of images below ``root``.
-        categories: names of the categories to use, in the order of their classes 1, 2, ...; default: all, by id. What
-            belongs to others is background.
+        train: JSON file of annotations (instances or stuff) below ``root``.
+        test: likewise.
+        train_images: folder of images below ``root``.
+        test_images: likewise.
+        categories: names of the categories to use, in the order of their classes 1, 2, ...; default: all of the
+            training file, by id. What belongs to others is background.
         target: ``"labels"`` or, without categories, ``"mask"``: what is on any instance.
         options: see :class:`~tasks.data.dense.DenseData`. Validation images are held out from ``train``.
     """
@@ -89,35 +93,51 @@ class CocoData(DenseData):
         self.key, self.root, self.categories = target, root, categories
         self.files = {"train": (train, train_images), "test": (test, test_images)}
         self._read: dict[str, tuple[list[Sample], list[str]]] = {}
+        self._files: dict[Path, Any] = {}
 
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:
         if split == "val":
             return [], []
         if split not in self._read:
             root = find_folder(self.root)
+            names, _ = self._categories(root / self.files["train"][0])
             annotations, images = (root / part for part in self.files[split])
-            self._read[split] = self._load(annotations, images)
+            self._read[split] = self._load(annotations, images, names)
         return self._read[split]
 
-    def _load(self, path: Path, images: Path) -> tuple[list[Sample], list[str]]:
-        from pycocotools.coco import COCO
+    @property
+    def labels(self) -> tuple[int, int] | None:  # type: ignore[override]
+        if self.key == "mask":
+            return None
+        names, _ = self._categories(find_folder(self.root) / self.files["train"][0])
+        return 1 + len(names), IGNORE
 
-        if not path.is_file():
-            raise ValueError(f"no annotations {str(path)!r}")
-        with contextlib.redirect_stdout(io.StringIO()):  # it tells how long it took
-            try:
-                coco = COCO(str(path))
-            except (ValueError, KeyError, AssertionError) as error:
-                raise ValueError(f"{path}: is no COCO file: {error}") from error
-        ids = {category["name"]: i for i, category in sorted(coco.cats.items())}
+    def _categories(self, path: Path) -> tuple[list[str], dict[str, int]]:
+        """The names of the categories to use, in the order of their classes, and the ids of all that a file lists."""
+        listed = sorted(self._open(path).cats.items())
+        ids = {category["name"]: i for i, category in listed}
+        if len(ids) < len(listed):
+            names = [category["name"] for _, category in listed]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path}: two categories are called {twice!r}")
         names = list(ids) if self.categories is None else list(self.categories)
-        for name in names:
-            check_name(name, ids, f"category of {path}")
         if len(names) >= IGNORE:
             raise ValueError(f"{path}: has {len(names)} categories; expected at most {IGNORE - 1}: name those to use")
-        places = {ids[name]: place for place, name in enumerate(names)}
+        return names, ids
+
+    def _load(self, path: Path, images: Path, names: list[str]) -> tuple[list[Sample], list[str]]:
+        coco, (_, ids) = self._open(path), self._categories(path)
+        for name in names:
+            check_name(name, ids, f"category of {path}")
         samples, problems = [], []
+        if self.categories is None:
+            problems = [f"{path}: the training annotations have no category {n!r}" for n in ids.keys() - set(names)]
+        places = {ids[name]: place for place, name in enumerate(names)}
         for i, image in sorted(coco.imgs.items()):
+            lacking = [key for key in ("file_name", "height", "width") if key not in image]
+            if lacking:
+                problems.append(f"{path}: image {i} lacks {', '.join(lacking)}")
+                continue
             found = coco.imgToAnns.get(i, [])
             source = f"{path} (image {i}, {image['file_name']})"
             problems += [
@@ -135,3 +155,17 @@ class CocoData(DenseData):
         if not samples:
             problems.append(f"{path}: has no images")
         return samples, problems
+
+    def _open(self, path: Path) -> Any:
+        """A COCO file, read once."""
+        from pycocotools.coco import COCO
+
+        if not path.is_file():
+            raise ValueError(f"no annotations {str(path)!r}")
+        if path not in self._files:
+            with contextlib.redirect_stdout(io.StringIO()):  # it tells how long it took
+                try:
+                    self._files[path] = COCO(str(path))
+                except (ValueError, KeyError, TypeError, AssertionError) as error:
+                    raise ValueError(f"{path}: is no COCO file: {type(error).__name__} {error}") from error
+        return self._files[path]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from padprobe.stages import center_crop
 from tasks.data.files import Sample, check_samples, read_image
@@ -72,6 +73,21 @@ class DenseDataset(Dataset[dict[str, Any]]):
         return item if self.blind else item | {"image": torch.from_numpy(done["image"]).permute(2, 0, 1)}
 
 
+class ShuffleByEpoch(RandomSampler):
+    """A random order that depends on the seed and the epoch alone, so that a resumed training goes on with it.
+
+    Lightning calls ``set_epoch``; of several processes it takes a DistributedSampler instead.
+    """
+
+    def __init__(self, dataset: DenseDataset, seed: int) -> None:
+        super().__init__(dataset, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+
+
 class DenseData(LightningDataModule):
     """Training, validation and test images with a map of labels each. Subclasses say where they are: ``samples``.
 
@@ -82,14 +98,17 @@ class DenseData(LightningDataModule):
         batch_size: images a step.
         num_workers: processes that read images.
         limit: at most so many images of each split, a random sample.
-        augment: albumentations transforms of the training images and their labels, before they are resized.
+        augment: albumentations transforms of the training images and their labels, before they are resized. Those that
+            make new borders (rotations, shifts) fill them with label 0 unless they are told another ``fill_mask``.
         normalize: whether to subtract ImageNet's mean and divide by its standard deviation; else in [0, 1].
         holdout: share of the training images to validate on, where the data set has no validation images of its own.
         check_files: whether to read every file before training, and refuse to start if one is bad.
-        seed: of samples, held-out images and the training order.
+        seed: of samples, held-out images and the training order (of several processes: ``seed_everything``).
     """
 
     key: str
+    labels: tuple[int, int] | None = None
+    """The number of classes and the label to ignore, where the data have classes."""
 
     def __init__(
         self,
@@ -126,9 +145,14 @@ class DenseData(LightningDataModule):
     def check(self) -> list[str]:
         """A line, which names a path, for everything that is wrong with any file of any split; reads them all."""
         problems: list[str] = []
+        found: dict[str, set[Path]] = {}
         for split in ("train", "val", "test"):
             samples, wrong = self.samples(split)
             problems += wrong + check_samples(samples)
+            for other, images in found.items():
+                if both := sorted(images & {sample.image for sample in samples}):
+                    problems.append(f"{both[0]}: is in {other} and in {split}, as {len(both)} images are")
+            found[split] = {sample.image for sample in samples}
         return list(dict.fromkeys(problems))
 
     def prepare_data(self) -> None:
@@ -165,8 +189,10 @@ class DenseData(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        order = torch.Generator().manual_seed(self.seed)
-        return self._loader(self.dataset("train", self.augment), shuffle=True, drop_last=True, generator=order)
+        dataset = self.dataset("train", self.augment)
+        if len(dataset) < self.batch_size:
+            raise ValueError(f"batch_size is {self.batch_size}, and there are {len(dataset)} images to train on")
+        return self._loader(dataset, sampler=ShuffleByEpoch(dataset, self.seed), drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self.dataset("val"))

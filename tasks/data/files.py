@@ -14,6 +14,8 @@ from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
+EXIF_ORIENTATION = 0x0112
+
 Masks = Literal["binary", "threshold", "graded"]
 
 
@@ -70,13 +72,20 @@ class SaliencyFile:
                 f"{self.path}: is not binary ({len(np.unique(grey))} values; expected 0 and 255): say masks: threshold "
                 "or, to train on it as it is, masks: graded"
             )
+        if self.masks == "threshold" and 1 < grey.max() < 128 and len(np.unique(grey)) <= 2:
+            raise ValueError(f"{self.path}: its two values are 0 and {grey.max()}, so that nothing is over one half")
         mask = grey.astype(np.float32) / highest
         return mask if self.masks == "graded" else (mask > 0.5).astype(np.float32)
 
 
 def read_image(path: Path) -> np.ndarray:
     """An image file as (H, W, 3) uint8."""
-    return np.asarray(_open(path).convert("RGB"))
+    image = _open(path)
+    if image.mode[0] in "IF":
+        raise ValueError(f"{path}: an image of more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        raise ValueError(f"{path}: its EXIF data say that it is to be turned; its mask would not be: save it upright")
+    return np.asarray(image.convert("RGB"))
 
 
 def _read_grey(path: Path, modes: Collection[str], convert: bool = False) -> np.ndarray:
@@ -100,8 +109,12 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def find_folder(path: str | Path) -> Path:
+def find_folder(path: str | Path, make: bool = False) -> Path:
     """A folder whose name may hold environment variables, as in ``$PADPROBE_DATA/CamVid``.
+
+    Args:
+        path: its name.
+        make: make it where it is not there.
 
     Raises:
         ValueError: for a variable that is not set, or a folder that is not there.
@@ -109,6 +122,8 @@ def find_folder(path: str | Path) -> Path:
     folder = Path(os.path.expandvars(path)).expanduser()
     if "$" in str(folder):
         raise ValueError(f"data folder {str(path)!r}: the environment variable is not set; set it, or give the path")
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise ValueError(f"no data folder {str(folder)!r}")
     return folder
@@ -136,7 +151,12 @@ def pair(
             raise ValueError(f"no data folder {str(folder)!r}")
         for path in sorted(folder.iterdir()):
             suffix = path.suffix.lower()
-            if suffix not in SUFFIXES or (one_folder and not wanted(suffix)):
+            if path.name.startswith(".") or path.name == "Thumbs.db":
+                continue
+            if path.is_dir() or suffix not in SUFFIXES:
+                problems.append(f"{path}: is no image ({', '.join(SUFFIXES)})")
+                continue
+            if one_folder and not wanted(suffix):
                 continue
             if path.stem in found:
                 problems.append(f"{path}: has the stem of {found[path.stem].name}")
@@ -145,6 +165,7 @@ def pair(
     pictures, labels = by_stem
     problems += [f"{path}: an image without a mask" for stem, path in pictures.items() if stem not in labels]
     problems += [f"{path}: a mask without an image" for stem, path in labels.items() if stem not in pictures]
+    problems = list(dict.fromkeys(problems))  # of one folder, seen twice
     samples = [Sample(path, mask(labels[stem])) for stem, path in pictures.items() if stem in labels]
     if not samples:
         problems.append(f"{images}: no image has a mask in {masks}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ class LabelFolders(DenseData):
         root: the data set's folder; environment variables are filled in.
         classes: names of the classes, in the order of their labels 0, 1, ...
         ignore_index: label of pixels that have none.
-        images, masks: folders below ``root``, with ``{split}`` for train, val, test.
+        images: folder of images below ``root``, with ``{split}`` for train, val, test.
+        masks: folder of label maps, likewise.
         has_val: whether there is a folder for validation; else images of ``train`` are held out.
         options: see :class:`~tasks.data.dense.DenseData`.
     """
@@ -37,13 +37,14 @@ class LabelFolders(DenseData):
     ) -> None:
         super().__init__(**options)
         self.root, self.images, self.masks, self.has_val = root, images, masks, has_val
-        self.read = partial(LabelFile, classes=len(classes), ignore_index=ignore_index)
+        self.labels = self.classes, self.ignored = len(classes), ignore_index
 
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:
         if split == "val" and not self.has_val:
             return [], []
         root = find_folder(self.root)
-        return pair(root / self.images.format(split=split), root / self.masks.format(split=split), self.read)
+        read = partial(LabelFile, classes=self.classes, ignore_index=self.ignored)
+        return pair(root / self.images.format(split=split), root / self.masks.format(split=split), read)
 
 
 class VOCData(DenseData):
@@ -60,6 +61,7 @@ class VOCData(DenseData):
     """
 
     key = "labels"
+    labels = 21, 255
 
     def __init__(self, root: str, year: str = "2012", download: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -69,9 +71,9 @@ class VOCData(DenseData):
         if self.download:
             from torchvision.datasets import VOCSegmentation
 
-            folder = os.path.expandvars(self.root)
-            if not (Path(folder) / "VOCdevkit" / f"VOC{self.year}" / "SegmentationClass").is_dir():
-                VOCSegmentation(folder, self.year, "train", download=True)
+            root = find_folder(self.root, make=True)
+            if not (root / "VOCdevkit" / f"VOC{self.year}" / "SegmentationClass").is_dir():
+                VOCSegmentation(str(root), self.year, "train", download=True)
         super().prepare_data()
 
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:

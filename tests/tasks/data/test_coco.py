@@ -1,4 +1,6 @@
+import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,9 +44,12 @@ def coco(pictures):
     return pictures.folder, content, expected
 
 
-def data(folder, content, **options) -> CocoData:
+def data(folder, content, test=None, **options) -> CocoData:
+    """Trains on ``content`` and tests on the same, or other, annotations of copies of its images."""
     (folder / "x.json").write_text(json.dumps(content))
-    return CocoData(str(folder), "x.json", "x.json", "pictures", "pictures", **options)
+    (folder / "y.json").write_text(json.dumps(test or content))
+    shutil.copytree(folder / "pictures", folder / "others", dirs_exist_ok=True)
+    return CocoData(str(folder), "x.json", "y.json", "pictures", "others", **options)
 
 
 def test_instances_become_semantic_labels(coco, capsys):
@@ -71,26 +76,50 @@ def test_categories_can_be_chosen_and_saliency_knows_none(coco):
         data(folder, content, categories=["dgo"]).check()
 
 
+def test_train_and_test_share_the_training_categories(coco):
+    folder, content, _ = coco
+    other = copy.deepcopy(content)
+    other["categories"] = [{"id": 3, "name": "bird"}, {"id": 90, "name": "dog"}, {"id": 95, "name": "cat"}]
+    for annotation in other["annotations"]:
+        annotation["category_id"] = {17: 95, 90: 90}[annotation["category_id"]]
+    made = data(folder, content, other)
+    ours, theirs = (made.samples(split)[0][0].read() for split in ("train", "test"))
+    assert np.array_equal(ours, theirs)
+    assert made.labels == (3, 255)
+    (problem,) = made.check()
+    assert problem.endswith("y.json: the training annotations have no category 'bird'")
+    content["categories"][0]["name"] = "cat"
+    with pytest.raises(ValueError, match=r"x.json: two categories are called 'cat'"):
+        data(folder, content).check()
+
+
 def test_everything_that_is_wrong_is_named(coco):
     folder, content, _ = coco
+    test = copy.deepcopy(content)
     content["images"].append({"id": 11, "file_name": "gone.jpg", "width": 24, "height": 20})
-    content["images"].append({"id": 12, "file_name": "a.jpg", "width": 30, "height": 20})
+    content["images"].append({"id": 12, "file_name": "c.jpg", "width": 30, "height": 20})
+    content["images"].append({"id": 13, "file_name": "a.jpg", "width": 30})
+    shutil.copy(folder / "pictures/a.jpg", folder / "pictures/c.jpg")
     base = {"area": 4, "iscrowd": 0}
     content["annotations"] += [
         base | {"id": 20, "image_id": 9, "category_id": 5, "segmentation": square(0, 0, 2)},
         base | {"id": 21, "image_id": 99, "category_id": 17, "segmentation": square(0, 0, 2)},
         base | {"id": 22, "image_id": 9, "category_id": 17, "segmentation": run_lengths(np.ones((5, 5), np.uint8))},
+        base | {"id": 23, "image_id": 12, "category_id": 17},
     ]
-    problems = "\n".join(data(folder, content).check())
+    problems = "\n".join(data(folder, content, test).check())
     for what in (
         "gone.jpg: is not there",
-        "a.jpg: is 24 x 20 px, its mask 30 x 20",
+        "(image 12, c.jpg): annotation 23 cannot be read: KeyError 'segmentation'",
+        "image 13 lacks height",
         "(image 9, b.jpg): annotation 20 has the category 5, which the file does not list",
         "annotations of the image 99, which the file does not list",
         "(image 9, b.jpg): annotation 22 is 5 x 5 px, its image 24 x 20",
     ):
         assert what in problems
-    assert len(problems.splitlines()) == 5
+    assert len(problems.splitlines()) == 6
+    content["annotations"].pop()
+    assert "c.jpg: is 24 x 20 px, its mask 30 x 20" in "\n".join(data(folder, content, test).check())
     (folder / "x.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"x.json: is no COCO file"):
         CocoData(str(folder), "x.json", "x.json").check()

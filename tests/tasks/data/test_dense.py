@@ -53,7 +53,25 @@ def test_augmentation_is_drawn_from_the_seed_in_every_worker(folders):
     for workers in (0, 2):
         first = images(0, workers)
         assert torch.equal(first, images(0, workers))
-        assert not torch.equal(first[:20].sort(0).values, first[20:].sort(0).values)  # another epoch, other draws
+        assert not torch.equal(first, images(1, workers))
+
+
+def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(folders):
+    def orders(seed: int, first: int) -> list[list[int]]:
+        sampler = LabelFolders(folders, NAMES, batch_size=5, seed=seed).train_dataloader().sampler
+        found = []
+        for epoch in range(first, 4):
+            sampler.set_epoch(epoch)
+            found.append(list(sampler))
+        return found
+
+    whole = orders(0, 0)
+    assert all(sorted(order) == list(range(20)) for order in whole)
+    assert len({tuple(order) for order in whole}) == 4
+    assert orders(0, 2) == whole[2:]  # as a resumed training goes on
+    assert orders(1, 0) != whole
+    with pytest.raises(ValueError, match="batch_size is 50, and there are 20 images"):
+        LabelFolders(folders, NAMES, batch_size=50).train_dataloader()
 
 
 def test_splits_are_held_out_limited_and_the_same_every_time(folders):
@@ -85,7 +103,8 @@ def test_published_layouts_are_found(pictures, layout):
         pictures(f"{masks}/{i}.png", np.full((8, 8), 255, np.uint8))
     folder = SaliencyFolder(str(pictures.folder), layout)
     data = SaliencyData(folder, folder, image_size=8, holdout=0.25)
-    assert data.check() == []
+    (problem,) = data.check()
+    assert problem.endswith("0.jpg: is in train and in test, as 4 images are")
     assert [len(data.split(split)) for split in ("train", "val", "test")] == [3, 1, 4]
     item = data.dataset("test")[0]
     assert item["mask"].shape == (1, 8, 8)

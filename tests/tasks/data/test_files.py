@@ -1,7 +1,9 @@
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from padprobe.cli import main
 from tasks.data.files import LabelFile, SaliencyFile, check_samples, pair, read_image
@@ -18,31 +20,43 @@ def photo(shape=(8, 10)) -> np.ndarray:
 @pytest.fixture
 def bad(pictures):
     """A data set with everything wrong with it, and what a listing must say of each file."""
-    for name in ("good", "truncated", "empty", "sixteen", "label", "size"):
-        pictures(f"images/{name}.jpg", photo((80, 100)))
-        pictures(f"masks/{name}.png", gray(0, 10, 11, shape=(80, 100)))
-    cut = pictures.folder / "images/truncated.jpg"
+    for split in ("train", "test"):
+        pictures(f"images/{split}/good.jpg", photo((80, 100)))
+        pictures(f"masks/{split}/good.png", gray(0, 10, 11, shape=(80, 100)))
+    for name in ("truncated", "empty", "sixteen", "label", "size", "turned"):
+        pictures(f"images/train/{name}.jpg", photo((80, 100)))
+        pictures(f"masks/train/{name}.png", gray(0, 10, 11, shape=(80, 100)))
+    cut = pictures.folder / "images/train/truncated.jpg"
     cut.write_bytes(cut.read_bytes()[:-2000])
-    (pictures.folder / "images/empty.jpg").write_bytes(b"")
-    pictures("images/lonely.png", photo())
-    pictures("masks/orphan.png", gray(0))
-    pictures("masks/sixteen.png", gray(0, shape=(80, 100)).astype(np.uint16))
-    pictures("masks/label.png", gray(0, 37, shape=(80, 100)))
-    pictures("masks/size.png", gray(0, shape=(40, 100)))
+    (pictures.folder / "images/train/empty.jpg").write_bytes(b"")
+    pictures("images/train/lonely.png", photo())
+    pictures("masks/train/orphan.png", gray(0))
+    pictures("masks/train/sixteen.png", gray(0, shape=(80, 100)).astype(np.uint16))
+    pictures("masks/train/label.png", gray(0, 37, shape=(80, 100)))
+    pictures("masks/train/size.png", gray(0, shape=(40, 100)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photo((80, 100))).save(pictures.folder / "images/train/turned.jpg", exif=exif)
+    pictures("images/train/more/a.png", photo())
+    (pictures.folder / "masks/train/notes.npy").write_bytes(b"1")
+    (pictures.folder / "masks/train/.hidden").write_bytes(b"1")
     return {
-        "images/truncated.jpg": "cannot be read",
-        "images/empty.jpg": "is empty",
-        "images/lonely.png": "an image without a mask",
-        "masks/orphan.png": "a mask without an image",
-        "masks/sixteen.png": "16 bits",
-        "masks/label.png": "the label 37; expected 0 .. 10, or 11",
-        "images/size.jpg": "is 100 x 80 px, its mask 100 x 40",
+        "images/train/turned.jpg": "save it upright",
+        "images/train/more": "is no image",
+        "masks/train/notes.npy": "is no image",
+        "images/train/truncated.jpg": "cannot be read",
+        "images/train/empty.jpg": "is empty",
+        "images/train/lonely.png": "an image without a mask",
+        "masks/train/orphan.png": "a mask without an image",
+        "masks/train/sixteen.png": "16 bits",
+        "masks/train/label.png": "the label 37; expected 0 .. 10, or 11",
+        "images/train/size.jpg": "is 100 x 80 px, its mask 100 x 40",
     }
 
 
 def test_everything_that_is_wrong_is_named_once(pictures, bad):
     read = partial(LabelFile, classes=11, ignore_index=11)
-    samples, problems = pair(pictures.folder / "images", pictures.folder / "masks", read)
+    samples, problems = pair(pictures.folder / "images/train", pictures.folder / "masks/train", read)
     problems += check_samples(samples)
     assert len(problems) == len(bad)
     for name, what in bad.items():
@@ -55,6 +69,7 @@ model:
   class_path: tasks.segmentation.SegmentationTask
   init_args:
     classes: 11
+    ignore_index: 11
     image_size: 32
     encoder: smp:vgg11
     encoder_options: {{config: [8, M, 8], out_channels: [8, 8], depth: 1}}
@@ -64,8 +79,9 @@ data:
     root: {root}
     classes: [a, b, c, d, e, f, g, h, i, j, k]
     ignore_index: 11
-    images: images
-    masks: masks
+    has_val: false
+    image_size: 32
+    batch_size: 1
 trainer: {{accelerator: cpu, logger: false, max_steps: 1}}
 """
 
@@ -80,13 +96,21 @@ def test_the_command_lists_it_and_training_refuses_to_start(pictures, bad, tmp_p
     assert f"{len(bad)} problems" in listing
     with pytest.raises(ValueError, match=rf"{len(bad)} problems with the data"):
         main(["fit", "--config", str(config)])
-    for name in bad:
-        (pictures.folder / name).unlink(missing_ok=True)
-    for name in ("truncated", "empty", "sixteen", "label", "size"):
-        (pictures.folder / f"images/{name}.jpg").unlink(missing_ok=True)
-        (pictures.folder / f"masks/{name}.png").unlink(missing_ok=True)
+    shutil.rmtree(pictures.folder / "images/train")
+    shutil.rmtree(pictures.folder / "masks/train")
+    for name in ("one", "two"):
+        pictures(f"images/train/{name}.jpg", photo((80, 100)))
+        pictures(f"masks/train/{name}.png", gray(0, 10, 11, shape=(80, 100)))
     assert main(["data", "check", str(config)]) == 0
     assert "no problems" in capsys.readouterr().out
+    assert main(["fit", "--config", str(config)]) == 0
+    with pytest.raises(ValueError, match=r"the data have 11 classes and ignore the label 11, the task 11 and 255"):
+        main(["fit", "--config", str(config), "--model.init_args.ignore_index=255"])
+    config.write_text(
+        config.read_text().replace("has_val: false", "has_val: false\n    images: images/train\n    masks: masks/train")
+    )
+    assert main(["data", "check", str(config)]) == 1
+    assert "one.jpg: is in train and in test, as 2 images are" in capsys.readouterr().out
 
 
 def test_a_config_without_data_is_named(tmp_path, capsys):
@@ -108,6 +132,9 @@ def test_a_saliency_mask_is_read_as_it_is_told(pictures):
     assert np.allclose(SaliencyFile(graded, "graded")(), gray(0, 51, 127, 128, 255) / np.float32(255))
     for name, pixels in {"ones": gray(0, 1), "usual": gray(0, 255)}.items():
         assert np.array_equal(SaliencyFile(pictures(f"{name}.png", pixels))(), gray(0, 1))
+    dim = pictures("dim.png", gray(0, 100))
+    with pytest.raises(ValueError, match=r"dim.png: its two values are 0 and 100"):
+        SaliencyFile(dim, "threshold")()
     colors = pictures("rgb.png", np.repeat(gray(0, 255)[..., None], 3, 2))  # as some sets have them
     assert np.array_equal(SaliencyFile(colors)(), gray(0, 1))
 
@@ -126,3 +153,5 @@ def test_pairs_that_could_be_either_are_named(pictures):
 
 def test_a_gray_photo_has_three_channels(pictures):
     assert read_image(pictures("gray.png", gray(7))).shape == (8, 10, 3)
+    with pytest.raises(ValueError, match=r"deep.png: an image of more than 8 bits a channel"):
+        read_image(pictures("deep.png", gray(7).astype(np.uint16)))
