@@ -10,7 +10,7 @@ quick: $(VENV)/.installed
 	$(BIN)/padprobe study configs/study/quick.yaml --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -76,12 +76,13 @@ def test_a_study_trains_probes_scores_and_runs_each_cell_once(study, tmp_path):
     assert set(rows.run) == {"untrained-valid", "sod-valid"}
     assert set(rows.padding) == {"valid"}
     assert set(rows[rows.run == "sod-valid"].weights) == {"trained"}
-    assert set(rows[rows.readout == ""].metric) == {"max F-measure", "adaptive F-measure", "MAE"}
+    of_task = {"max F-measure", "mean F-measure", "adaptive F-measure", "MAE"}
+    alone = {f"{metric}, position alone" for metric in of_task}
+    assert set(rows[rows.readout == ""].metric) == of_task | alone | {"S-measure", "max E-measure"}
     black = rows[(rows.stimulus == "black") & (rows.metric == "spc")]
     assert black.value.abs().max() < 1e-9
     trajectory = results.trajectory
-    of_position, of_task = {"spc", "mae", "nmae", "before", "delta"}, {"max F-measure", "adaptive F-measure", "MAE"}
-    assert set(trajectory.metric) == of_position | of_task
+    assert set(trajectory.metric) == {"spc", "mae", "nmae", "before", "delta"} | of_task
     assert sorted(trajectory[(trajectory.target == "H") & (trajectory.metric == "spc")].step) == [1, 3]
     assert "sod-valid/scenes/G/error" in results.maps
 
