@@ -31,6 +31,7 @@ def test_a_small_config_trains_on_real_data(config, options, data, tmp_path, mon
     monkeypatch.chdir(ROOT)
     limits = ["--data.init_args.limit=32", "--data.init_args.check_files=false", "--trainer.max_steps=2"]
     options = [*options, "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    options.append(f"--trainer.default_root_dir={tmp_path}")  # where Lightning leaves the config
     options += ["--trainer.check_val_every_n_epoch=1"]
     cli = lightning_cli(["--config", config, *limits, *options], run=False)
     (checkpoint,) = [c for c in cli.trainer.callbacks if isinstance(c, ModelCheckpoint)]
