@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -30,8 +31,6 @@ def main(args: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:  # a config or checkpoint names the modules beside it (tasks, here)
         sys.path.insert(0, str(Path.cwd()))
     if args and args[0] in LIGHTNING:
-        import warnings
-
         from padprobe.fit import lightning_cli
 
         warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python")
