@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,21 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument(
         "--out", required=True, metavar="DIR", help="folder for all results; a killed study goes on there"
     )
+    study.add_argument("--preset", metavar="NAME", help="one of the study's presets, such as laptop or paper")
+    study.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the study, such as image_size=96 or encoders.vgg16.weights=untrained; may be repeated",
+    )
+    study.add_argument("--only", action="append", default=[], metavar="NAME", help="these cells (sod-* for a pattern)")
+    study.add_argument("--limit-train", type=int, metavar="N", help="the same as --set limit_train=N")
+    study.add_argument("--data", metavar="DIR", help="the folder of data sets and weights, in place of $PADPROBE_DATA")
+    study.add_argument("--dry-run", action="store_true", help="list the cells, what is done, and an estimate of time")
+    study.add_argument(
+        "--print-commands", action="store_true", help="print a command a cell, for machines that share DIR"
+    )
     study.set_defaults(command=_study)
 
     report = commands.add_parser("report", help="rebuild the report from results alone")
@@ -206,10 +222,28 @@ def _name(folder: str) -> str:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from padprobe.study import run_study
+    if options.data:
+        os.environ["PADPROBE_DATA"] = os.path.abspath(options.data)
+    from padprobe.study.plan import read_study
+    from padprobe.study.runner import dry_run, print_commands, run_study
 
+    changes = list(options.set)
+    if options.limit_train is not None:
+        changes.append(f"limit_train={options.limit_train}")
+    study = read_study(options.config, options.preset, changes, options.only)
+    if options.dry_run:
+        for line in dry_run(study, options.out):
+            print(line, flush=True)
+        return 0
+    if options.print_commands:
+        same = [("--out", options.out), ("--preset", options.preset), *(("--set", c) for c in changes)]
+        same.append(("--data", options.data))
+        given = [text for option, value in same if value for text in (option, value)]
+        for line in print_commands(study, options.out, [options.config, *given]):
+            print(line)
+        return 0
     with _progress() as (progress, say):
-        results, failed = run_study(options.config, options.out, progress, say)
+        results, failed = run_study(study, options.out, progress, say)
     if len(results.rows):
         _show(results, options.out)
     return 1 if failed else 0
@@ -217,8 +251,11 @@ def _study(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from padprobe.results import Results
+    from padprobe.study.folder import PLAN, load_results
 
-    return _show(Results.join(Results.load(folder) for folder in options.results), options.out)
+    studies = [Path(folder, PLAN).is_file() for folder in options.results]
+    parts = [load_results(f) if s else Results.load(f) for f, s in zip(options.results, studies, strict=True)]
+    return _show(Results.join(parts), options.out)
 
 
 def _check(options: argparse.Namespace) -> int:

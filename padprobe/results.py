@@ -22,6 +22,7 @@ PROFILE = (
     *("readout", "kernel_size", "depth", "head_padding", "stages"),
     *("stimulus", "target", "distance", "metric", "value", "ci_low", "ci_high", "n"),
 )
+NOTES = ("kind", "what", "text")
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Results:
     ``trajectory`` has one row a logged value of a training (:data:`TRAJECTORY`; a task's metric has an empty target).
     ``profile`` has one row a measurement at one distance to the nearest border, in pixels of the image
     (:data:`PROFILE`).
+    ``notes`` says how it was measured (:data:`NOTES`): of kind "missing", what was to be measured and was not, and why;
+    of kind "how", the options of a run.
     ``maps`` holds mean maps over a stimulus's images, shape (S, S), under ``run/stimulus/target/prediction`` and
     ``.../error`` (mean absolute error), and the share of a stage's variance that position explains cell by cell, shape
     (grid, grid), under ``run/stimulus/STAGE/eta2``.
@@ -40,15 +43,17 @@ class Results:
     trajectory: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(TRAJECTORY)))
     maps: dict[str, np.ndarray] = field(default_factory=dict)
     profile: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(PROFILE)))
+    notes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(NOTES)))
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``results.csv``, ``trajectory.csv``, ``profile.csv`` and ``maps.npz`` into a folder; results.csv last,
-        each whole or not at all, so that a results.csv means that all is there."""
+        """Writes ``results.csv``, ``trajectory.csv``, ``profile.csv``, ``notes.csv`` and ``maps.npz`` into a folder;
+        results.csv last, each whole or not at all, so that a results.csv means that all is there."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "maps.npz", lambda path: np.savez_compressed(path, **self.maps))  # type: ignore[arg-type]
         write_atomically(folder / "trajectory.csv", lambda path: self.trajectory.to_csv(path, index=False))
         write_atomically(folder / "profile.csv", lambda path: self.profile.to_csv(path, index=False))
+        write_atomically(folder / "notes.csv", lambda path: self.notes.to_csv(path, index=False))
         write_atomically(folder / "results.csv", lambda path: self.rows.to_csv(path, index=False))
 
     @classmethod
@@ -68,6 +73,8 @@ class Results:
         results = cls(rows)
         if (folder / "trajectory.csv").is_file():
             results.trajectory = pd.read_csv(folder / "trajectory.csv", keep_default_na=False)
+        if (folder / "notes.csv").is_file():
+            results.notes = pd.read_csv(folder / "notes.csv", keep_default_na=False)
         if (folder / "profile.csv").is_file():
             numbers = {c: [""] for c in (*_NUMBERS, "distance")}
             results.profile = pd.read_csv(folder / "profile.csv", keep_default_na=False, na_values=numbers)
@@ -81,7 +88,7 @@ class Results:
         """All measurements of several results."""
         parts = list(parts)
         joined = cls(maps={key: value for part in parts for key, value in part.maps.items()})
-        for table in ("rows", "trajectory", "profile"):
+        for table in ("rows", "trajectory", "profile", "notes"):
             filled = [frame for part in parts if len(frame := getattr(part, table))]
             if filled:
                 setattr(joined, table, pd.concat(filled, ignore_index=True))
@@ -89,6 +96,11 @@ class Results:
 
 
 _NUMBERS = ("kernel_size", "depth", "head_padding", "seed", "value", "ci_low", "ci_high", "n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write) -> None:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 
 from padprobe.report import tables
 from padprobe.report.paper import paper_numbers
+from padprobe.report.paper_page import paper_sections
 from padprobe.report.readouts import variance_section, variants_section
 from padprobe.report.sections import (
     Figure,
@@ -26,8 +27,9 @@ from padprobe.results import Results, write_atomically
 
 
 def write_report(results: Results, out: Path) -> Path:
-    """Writes a results' page into a folder: ``report.html`` (all in one file), ``report.md`` with ``figures/``, and the
-    numbers as ``results.csv``, ``trajectory.csv`` and ``profile.csv``.
+    """Writes a results' page into a folder: ``report.html`` (all in one file), ``report.md`` with ``figures/``, the
+    numbers as ``results.csv``, ``trajectory.csv`` and ``profile.csv``, and, where there is an ImageNet VGG16,
+    ``paper.md``: the paper's tables beside ours.
 
     Args:
         results: of a study or a probe, or several joined.
@@ -66,6 +68,9 @@ def write_report(results: Results, out: Path) -> Path:
     context = {"sections": sections, "runs": runs, "seeds": seeds, "paper": paper_numbers()}
     for name in ("report.md", "report.html"):
         _write(out / name, environment.get_template(f"{name}.jinja").render(context).encode())
+    if beside := paper_sections(rows, results.notes):
+        context = {**context, "sections": beside, "title": "The paper's tables, and ours"}
+        _write(out / "paper.md", environment.get_template("report.md.jinja").render(context).encode())
     write_atomically(out / "trajectory.csv", lambda path: results.trajectory.to_csv(path, index=False))
     write_atomically(out / "profile.csv", lambda path: results.profile.to_csv(path, index=False))
     write_atomically(out / "results.csv", lambda path: results.rows.to_csv(path, index=False))

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 from padprobe.stages import center_crop
 from tasks.data.files import Sample, check_samples, read_image
+from tasks.data.order import ShuffleByEpoch
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
 
@@ -71,21 +72,6 @@ class DenseDataset(Dataset[dict[str, Any]]):
         labels = center_crop(torch.from_numpy(done["mask"]), self.image_size)
         item = {self.key: labels.long() if self.key == "labels" else labels[None].float()}
         return item if self.blind else item | {"image": torch.from_numpy(done["image"]).permute(2, 0, 1)}
-
-
-class ShuffleByEpoch(RandomSampler):
-    """A random order that depends on the seed and the epoch alone, so that a resumed training goes on with it.
-
-    Lightning calls ``set_epoch``; of several processes it takes a DistributedSampler instead.
-    """
-
-    def __init__(self, dataset: DenseDataset, seed: int) -> None:
-        super().__init__(dataset, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
 
 
 class DenseData(LightningDataModule):

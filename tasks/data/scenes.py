@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from padprobe.stimuli import disc, fall, window
+from tasks.data.order import ShuffleByEpoch
 
 SEMANTIC_CLASSES = ("ground", "plant", "sky", "water", "object")
 IMAGE_CLASSES = ("discs", "squares", "triangles")
@@ -180,10 +181,8 @@ class ScenesDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        order = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            self.train, self.batch_size, shuffle=True, drop_last=True, generator=order, num_workers=self.num_workers
-        )
+        order = ShuffleByEpoch(self.train, self.seed)
+        return DataLoader(self.train, self.batch_size, sampler=order, drop_last=True, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(self.val, self.batch_size, num_workers=self.num_workers)

@@ -1,0 +1,151 @@
+"""A study's trainings: fitted once, gone on with where they were killed, scored on their test sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+
+from padprobe.callback import PositionProbeCallback
+from padprobe.features import Progress
+from padprobe.fit import lightning_cli
+from padprobe.results import COLUMNS, TRAJECTORY, Results, write_text
+from padprobe.study.plan import Cell
+
+METRIC_NAMES = {
+    "max_fmeasure": "max F-measure",
+    "mean_fmeasure": "mean F-measure",
+    "adaptive_fmeasure": "adaptive F-measure",
+    "smeasure": "S-measure",
+    "max_emeasure": "max E-measure",
+    "mae": "MAE",
+    "miou": "mIoU",
+    "top1": "top-1",
+}
+
+
+def build(
+    cell: Cell, folder: Path, more: dict[str, Any] | None = None, callbacks: Sequence[Callback] = ()
+) -> LightningCLI:
+    """Trainer, model and data of a cell's training.
+
+    Args:
+        cell: one with a ``fit``.
+        folder: for what the training leaves.
+        more: options that replace the cell's own.
+        callbacks: beside the config's.
+    """
+    assert cell.fit is not None
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        # every row at once: what a killed training has logged is part of its trajectory
+        "init_args": {"save_dir": str(folder), "name": "log", "version": "", "flush_logs_every_n_steps": 1},
+    }
+    options = {
+        "seed_everything": cell.seeds[0],
+        "run": None,  # the study's folder, not checkpoints/RUN
+        "trainer.logger": logger,
+        "trainer.default_root_dir": str(folder),
+        "trainer.devices": 1,  # more would run this whole study once a device
+        "trainer.enable_progress_bar": False,
+        "trainer.enable_model_summary": False,
+        **cell.overrides,
+        **(more or {}),
+    }
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    arguments = ["--config", cell.fit, *(f"--{key}={text}" for key, text in texts.items())]
+    return lightning_cli(arguments, run=False, callbacks=callbacks)
+
+
+def trained(cell: Cell, folder: Path, progress: Progress) -> LightningModule:
+    """The network with its trained weights: those that the config's ModelCheckpoint finds best, or else the last.
+
+    The weights are kept in ``folder``; a training that was killed goes on from the last epoch that it finished.
+    """
+    record, last = folder / "trained.json", folder / "resume.ckpt"
+    if not record.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log" / "metrics.csv"
+        if log.is_file():  # the logger starts a new one
+            log.rename(log.with_name(f"metrics-{len(list(log.parent.glob('metrics*.csv')))}.csv"))
+        keep = _Resume(folder, last.stem, save_on_train_epoch_end=True, enable_version_counter=False)
+        cli = build(cell, folder, callbacks=[_Steps(progress), keep])
+        for callback in cli.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(folder)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(last) if last.is_file() else None)
+        best = next(path for c in cli.trainer.checkpoint_callbacks if (path := c.best_model_path))  # type: ignore[attr-defined]
+        write_text(record, json.dumps({"weights": Path(best).name}))
+    model: LightningModule = build(cell, folder, {"trainer.logger": False}).model
+    weights = folder / json.loads(record.read_text())["weights"]
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["state_dict"])
+    return model
+
+
+def score(model: LightningModule, cell: Cell, folder: Path, labels: dict[str, Any], progress: Progress) -> Results:
+    """A trained network's scores on the cell's test sets, and everything that was logged while it was validated."""
+    rows = []
+    for i, (name, overrides) in enumerate(cell.scores.items()):
+        progress(f"scoring on {name}", i, len(cell.scores))
+        cli = build(cell, folder, {"trainer.logger": False, **overrides})
+        callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, PositionProbeCallback)]
+        scores = cli.trainer.test(model, datamodule=cli.datamodule, verbose=False)[0]
+        n = len(cli.trainer.test_dataloaders.dataset)  # type: ignore[union-attr]
+        rows += [
+            {**labels, "stimulus": name, "metric": _metric(key), "value": value, "n": n}
+            for key, value in scores.items()
+            if key != "test/loss"
+        ]
+    for row in rows:
+        row.update(dict.fromkeys(("readout", "stages", "target"), ""))
+    return Results(pd.DataFrame(rows).reindex(columns=list(COLUMNS)), _trajectory(folder / "log", labels))
+
+
+def _trajectory(log: Path, labels: dict[str, Any]) -> pd.DataFrame:
+    """What was logged on validation. A training that was killed has logged its last steps twice, alike."""
+    parts = sorted(log.glob("metrics-*.csv"), key=lambda path: int(path.stem.split("-")[1]))
+    logged = pd.concat([pd.read_csv(path) for path in [*parts, log / "metrics.csv"] if path.stat().st_size])
+    keys = [key for key in map(str, logged) if key.startswith("val/") and key != "val/loss"]
+    keys += [key for key in map(str, logged) if key.startswith("position/") and key.count("/") == 2]  # not each stage
+    points = logged.melt(id_vars="step", value_vars=keys).dropna(subset="value")
+    points = points.drop_duplicates(["step", "variable"], keep="last").sort_values(["variable", "step"])
+    names = points["variable"].str.split("/")
+    of_position = names.str[0] == "position"
+    points = points.assign(
+        run=labels["run"],
+        task=labels["task"],
+        padding=labels["padding"],
+        target=names.str[1].where(of_position, ""),
+        metric=names.str[-1].where(of_position, names.str[-1].map(_metric)),
+    )
+    return points[list(TRAJECTORY)].reset_index(drop=True)
+
+
+def _metric(key: str) -> str:
+    name = key.split("/")[-1]
+    score = name.removeprefix("position_only_")
+    text = METRIC_NAMES.get(score, score.replace("iou_", "IoU of "))
+    return text if score == name else f"{text}, position alone"
+
+
+class _Resume(ModelCheckpoint):
+    """The last epoch's checkpoint. A class of its own: a config may have a ModelCheckpoint with the same options."""
+
+
+class _Steps(Callback):
+    """Tells how far a training is."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.progress("training", trainer.global_step, int(steps) if steps != float("inf") else 0)

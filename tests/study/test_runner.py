@@ -1,0 +1,240 @@
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from padprobe.results import Results
+from padprobe.study import runner
+from padprobe.study.folder import load_results
+from padprobe.study.plan import read_study
+from padprobe.study.runner import dry_run, print_commands
+from tests.study.conftest import edit, run
+
+
+def test_a_study_trains_probes_scores_and_runs_each_cell_once(study, tmp_path):
+    out = tmp_path / "out"
+    results, failed, said = run(study, out)
+    assert failed == 0
+    rows = results.rows
+    assert set(rows.run) == {"untrained-valid", "sod-valid"}
+    assert set(rows.padding) == {"valid"}
+    assert set(rows[rows.run == "sod-valid"].weights) == {"trained"}
+    of_task = {"max F-measure", "mean F-measure", "adaptive F-measure", "MAE"}
+    alone = {f"{metric}, position alone" for metric in of_task}
+    assert set(rows[rows.readout == ""].metric) == of_task | alone | {"S-measure", "max E-measure"}
+    black = rows[(rows.stimulus == "black") & (rows.metric == "spc")]
+    assert black.value.abs().max() < 1e-9
+    trajectory = results.trajectory
+    assert set(trajectory.metric) == {"spc", "mae", "nmae", "before", "delta"} | of_task
+    assert sorted(trajectory[(trajectory.target == "H") & (trajectory.metric == "spc")].step) == [1, 3]
+    assert "sod-valid/scenes/G/error" in results.maps
+
+    again, _, said = run(study, out)
+    assert said == ["1/2 untrained-valid: done before", "2/2 sod-valid: done before"]
+    assert again.rows.equals(Results.load(out).rows)
+
+    edit(study, lambda s: s["encoders"]["untrained-valid"].update(padding="zeros"))
+    _, _, said = run(study, out)
+    assert said == ["1/2 untrained-valid: done", "2/2 sod-valid: done before"]
+    edit(study, lambda s: s["encoders"]["untrained-valid"].update(padding="valid"))
+    assert run(study, out)[0].rows.equals(again.rows)  # what was found under the old options is found again
+
+
+def test_a_change_reruns_only_what_it_changes(study, tmp_path, monkeypatch):
+    out, calls = tmp_path / "out", []
+    first, _, _ = run(study, out)
+    trained = list(out.glob("cells/*/training-*/*.ckpt"))
+    monkeypatch.setattr(runner, "probe_encoder", spy(calls, "probe", runner.probe_encoder))
+    monkeypatch.setattr(runner, "score", spy(calls, "score", runner.score))
+
+    edit(study, lambda s: s.update(limit_test=4))  # a training is not a matter of how it is probed
+    results, _, _ = run(study, out)
+    assert [name for name, _ in calls] == ["probe", "probe"]
+    assert list(out.glob("cells/*/training-*/*.ckpt")) == trained
+    calls.clear()
+
+    edit(study, lambda s: s["encoders"]["sod-valid"].update(readouts=[{}, {"kernel_size": 1}]))
+    more, _, said = run(study, out)
+    assert said == ["1/2 untrained-valid: done before", "2/2 sod-valid: done"]
+    assert [[r.kernel_size for r in given["readouts"]] for _, given in calls] == [[1]]
+    assert set(more.rows[more.rows.run == "sod-valid"].kernel_size.dropna()) == {1, 3}
+    old = more.rows[more.rows.kernel_size != 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(old, results.rows, check_dtype=False)
+    calls.clear()
+
+    edit(study, lambda s: s["encoders"]["sod-valid"].update(readouts=[{"kernel_size": 1}], scores={"again": {}}))
+    fewer, _, _ = run(study, out)
+    assert [name for name, _ in calls] == ["score"]
+    assert set(fewer.rows[fewer.rows.run == "sod-valid"].kernel_size.dropna()) == {1}
+    assert set(fewer.rows[fewer.rows.metric == "MAE"].stimulus) == {"again"}
+    assert first.trajectory.equals(fewer.trajectory)
+
+
+def spy(calls, name, function):
+    def called(*args, **kwargs):
+        calls.append((name, kwargs))
+        return function(*args, **kwargs)
+
+    return called
+
+
+def test_the_best_weights_are_scored_and_probed_where_the_config_says_what_is_best(study, tmp_path):
+    def keep_the_first(s):
+        callback = {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"monitor": "epoch", "mode": "min", "filename": "best", "save_last": True},
+        }
+        s["encoders"]["sod-valid"]["overrides"]["trainer.callbacks"] = [callback]
+        s["encoders"] = {"sod-valid": s["encoders"]["sod-valid"]}
+
+    out = tmp_path / "out"
+    best, failed, _ = run(edit(study, keep_the_first), out)
+    assert failed == 0
+    (record,) = out.glob("cells/sod-valid/training-*/trained.json")
+    assert json.loads(record.read_text()) == {"weights": "best.ckpt"}
+    edit(study, lambda s: s["encoders"]["sod-valid"]["overrides"].update({"trainer.callbacks": []}))
+    last, _, _ = run(study, out)
+    scores = [r.rows[(r.rows.readout == "") & (r.rows.metric == "MAE")].value.item() for r in (best, last)]
+    assert scores[0] != scores[1]
+
+
+def test_cells_can_be_chosen_listed_and_spread_over_machines(study, tmp_path):
+    out, beside = tmp_path / "out", set(os.listdir())
+    edit(study, lambda s: s["encoders"].update({"seeds": {**s["encoders"]["untrained-valid"], "seeds": [0, 1]}}))
+    lines = list(dry_run(read_study(study), out))
+    assert [line.split(":")[0] for line in lines[:-1]] == ["untrained-valid", "sod-valid", "seeds-seed0", "seeds-seed1"]
+    assert all("about 1 min" in line for line in lines)
+
+    commands = list(print_commands(read_study(study), out, [str(study), "--out", str(out)]))
+    assert commands[1] == f"padprobe study {study} --out {out} --only sod-valid"
+    for name in ("seeds-seed1", "untrained-*"):  # each in a process of its own, in any order
+        results, _, said = run(study, out, only=[name])
+        assert len(said) == 1
+    assert set(results.rows.run) == {"seeds-seed1", "untrained-valid"}
+    assert list(results.notes[results.notes.text == "not run yet"].what) == ["sod-valid", "seeds-seed0"]
+    assert [c.split()[-1] for c in print_commands(read_study(study), out, [])] == ["sod-valid", "seeds-seed0"]
+    assert next(iter(dry_run(read_study(study), out))) == "untrained-valid: done before"
+    whole, _, _ = run(study, out)
+    assert set(whole.rows.run) == {"untrained-valid", "sod-valid", "seeds-seed0", "seeds-seed1"}
+    assert load_results(out).rows.equals(Results.load(out).rows)
+    assert set(os.listdir()) == beside
+
+
+def test_a_training_that_broke_goes_on_from_its_last_epoch_and_ends_as_one_that_did_not(study, tmp_path):
+    def breaks(whole):
+        def change(s):
+            overrides = s["encoders"]["sod-valid"]["overrides"]
+            init = {"log": str(tmp_path / f"{whole}.log"), "whole": whole}
+            overrides["trainer.max_epochs"] = 4
+            overrides["trainer.callbacks"] = [
+                {"class_path": "padprobe.PositionProbeCallback", "init_args": {"image_size": 32, "grid": 8}},
+                {"class_path": "tests.study.conftest.Breaks", "init_args": init},
+            ]
+            s["encoders"] = {"sod-valid": s["encoders"]["sod-valid"]}
+
+        return change
+
+    whole, failed, _ = run(edit(study, breaks(True)), tmp_path / "whole")
+    assert failed == 0
+    broken, failed, _ = run(edit(study, breaks(False)), tmp_path / "out")
+    assert failed == 1
+    assert "failed: RuntimeError: the machine went away" in broken.notes.text.item()
+    again, failed, _ = run(study, tmp_path / "out")
+    assert failed == 0
+    assert (tmp_path / "False.log").read_text().split() == ["0", "1", "2", "2", "3"]
+    assert again.rows.equals(whole.rows)
+    assert again.trajectory.equals(whole.trajectory)
+    assert len(again.trajectory)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_again_and_again_ends_as_one_that_is_not(study, tmp_path):
+    def start(out):
+        command = [sys.executable, "-m", "padprobe.cli", "study", str(study), "--out", str(out)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    begun = time.perf_counter()
+    whole = start(tmp_path / "whole")
+    assert (whole.communicate()[1], whole.returncode)[1] == 0
+    duration, rng, said = time.perf_counter() - begun, random.Random(0), ""
+    for _ in range(4):
+        process = start(tmp_path / "killed")
+        time.sleep(duration * rng.uniform(0.3, 0.9))
+        process.kill()
+        said += process.communicate()[1]
+    process = start(tmp_path / "killed")
+    said += process.communicate()[1]
+    assert process.returncode == 0
+    for name in ("untrained-valid", "sod-valid"):
+        assert said.count(f"{name}: done\n") <= 1
+        (probe,) = (tmp_path / "killed" / "cells" / name).glob("probe-*")
+        assert len(list(probe.glob("*/results.csv"))) == 1
+    for file in ("results.csv", "trajectory.csv", "profile.csv"):
+        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    maps = [Results.load(tmp_path / name).maps for name in ("killed", "whole")]
+    assert maps[0].keys() == maps[1].keys()
+    assert all((maps[0][key] == maps[1][key]).all() for key in maps[0])
+
+
+def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
+    # the images fit the encoder, but the logged metric that the checkpoint waits for never comes
+    def fail(s):
+        s["encoders"]["sod-valid"]["overrides"]["trainer.callbacks"] = [
+            {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nothing"}}
+        ]
+        s["encoders"] = dict(reversed(list(s["encoders"].items())))
+
+    out = tmp_path / "out"
+    results, failed, said = run(edit(study, fail), out)
+    assert failed == 1
+    assert "FAILED" in said[0]
+    assert "nothing" in (out / "cells" / "sod-valid" / "error.log").read_text()
+    assert set(results.rows.run) == {"untrained-valid"}
+    assert not (out / "cells" / "sod-valid" / "results.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(targetz=["H"]), "targetz"),
+        (lambda s: s["encoders"]["sod-valid"].update(paddng="valid"), "paddng"),
+        (lambda s: s["encoders"]["sod-valid"].update(fit="nothing.yaml"), r"'sod-valid': no config 'nothing\.yaml'"),
+        (
+            lambda s: s["encoders"]["untrained-valid"].update(encoder="smp:vgg61"),
+            "'untrained-valid': unknown smp encoder",
+        ),
+        (lambda s: s["encoders"]["sod-valid"]["overrides"].update({"model.init_args.pading": "x"}), "pading"),
+        (lambda s: s["test"].update(black="blakc"), "did you mean black"),
+        (lambda s: s.update(targets=["H", "Q"]), "unknown target 'Q'"),
+        (lambda s: s["encoders"]["sod-valid"].update(padding="valid"), "say them of a training as overrides"),
+        (
+            lambda s: s["encoders"]["sod-valid"]["overrides"].update(
+                {
+                    "trainer.callbacks": [
+                        {"class_path": "padprobe.PositionProbeCallback", "init_args": {"encoder": "ent"}}
+                    ]
+                }
+            ),
+            "unknown encoder 'ent'",
+        ),
+        (lambda s: s.update(image_size=8), "too small"),
+    ],
+)
+def test_bad_studies_are_named_before_anything_runs(study, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(edit(study, change), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("cells/*/results.csv"))
+
+
+def test_the_quick_study_is_valid_and_names_all_its_cells():
+    cells = {c.name: c.cell for c in read_study("configs/study/quick.yaml").cells}
+    names = [name for name in cells if not name.endswith("-p0")]
+    assert {name.rsplit("-", 1)[0] for name in names} == {"untrained", "classification", "sod", "ss"}
+    assert {name.rsplit("-", 1)[1] for name in names} == {"zeros", "valid"}
+    assert all(set(cell.test) == {"scenes", "black", "white", "noise"} for cell in cells.values())
+    assert all(cell.targets == ["H", "V", "G", "HS", "VS"] for cell in cells.values())
