@@ -23,6 +23,7 @@ setup(
         "albumentations>=2.0",
         "pycocotools>=2.0.8",
         "pysodmetrics>=1.4",
+        "safetensors>=0.4.3",
         "numpy>=1.26",
         "scipy>=1.15",
         "pandas>=2.2",

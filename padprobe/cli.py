@@ -74,8 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE,...",
         help="a readout, 'posenet' or 'ridge', then what is not as in the paper: kernel_size, depth, padding, scale "
         "(unit, paper), stages (all, each, f1, f2+f4, ...). May be repeated; the first is the headline; each has its "
-        "control on the image alone (default: posenet)",
+        "control on the image alone (default: posenet). Or one file of trained readouts, such as "
+        "checkpoints/vgg16_readouts.safetensors: nothing is trained then",
     )
+    probe.add_argument("--save-readouts", metavar="FILE", help="keep the trained readouts (.safetensors)")
     probe.add_argument(
         "--stages", nargs="+", default=["auto"], metavar="LAYER", help="layer names, 'auto' (found) or 'paper'"
     )
@@ -161,7 +163,14 @@ def _probe_here(fabric: Fabric, options: argparse.Namespace) -> None:
     from padprobe.probing import padding_of, probe_encoder
     from padprobe.readout.variants import Readout, parse_readout
 
-    readouts = [parse_readout(text) for text in options.readout or []] or [Readout()]
+    readouts: list[Readout] | str = [Readout()]
+    if options.readout:
+        files = [text for text in options.readout if text.endswith(".safetensors")]
+        if files and len(options.readout) > 1:
+            raise ValueError(
+                f"--readout {files[0]!r} is a file of trained readouts, which stand alone: leave the others out"
+            )
+        readouts = files[0] if files else [parse_readout(text) for text in options.readout]
     encoder = load_encoder(options.encoder, options.weights, options.padding, options.seeds[0])
     test: dict[str, str] = {}
     for text in options.test or ["dead_leaves"]:
@@ -206,6 +215,7 @@ def _probe_here(fabric: Fabric, options: argparse.Namespace) -> None:
             num_workers=options.num_workers,
             cache_gb=options.cache_gb,
             cache_dir=options.out,
+            save_to=options.save_readouts,
             fabric=fabric,
             labels=labels,
             progress=progress,

@@ -42,6 +42,8 @@ class Plan:
         epochs, batch_size: of the trained readouts.
         seeds: of the readouts.
         selectivity: whether to read out the permuted targets too.
+        states: weights of readouts that were trained before; where given, nothing is trained, and ``readouts`` and
+            ``seeds`` are theirs.
     """
 
     readouts: tuple[Readout, ...]
@@ -52,6 +54,7 @@ class Plan:
     batch_size: int
     seeds: tuple[int, ...]
     selectivity: bool
+    states: Mapping[Key, dict[str, Tensor]] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -98,6 +101,7 @@ class Measured:
     Attributes:
         plan: what was asked for.
         scores: SPC, MAE, nMAE and constant by (key, stimulus): each (n, T), or (n, 2T) with the permuted targets.
+        made: the readouts.
         rings: the headline's SPC and MAE by stimulus: each (n, T, rings).
         eta2: by (stimulus, stage): the value, its interval, and the number of images.
         maps: see :class:`~padprobe.results.Results`, without the run's name.
@@ -105,6 +109,7 @@ class Measured:
     """
 
     plan: Plan
+    made: Made = field(default_factory=dict)
     scores: dict[tuple[Key, str], dict[str, Tensor]] = field(default_factory=dict)
     rings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     eta2: dict[tuple[str, str], tuple[float, float, float, int]] = field(default_factory=dict)
@@ -204,9 +209,12 @@ def measure(
     channels = {readout: _channels(reader, readout) for readout in plan.readouts}
     measured = Measured(plan)
     with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
-        readouts = _fit(reader, plan, channels, train, cache_gb, cache_dir, progress)
+        if plan.states is not None:
+            measured.made = _load(reader, plan, channels)
+        else:
+            measured.made = _fit(reader, plan, channels, train, cache_gb, cache_dir, progress)
         for name, images in test.items():
-            _score(measured, reader, readouts, channels, name, images, progress)
+            _score(measured, reader, measured.made, channels, name, images, progress)
     return measured
 
 
@@ -237,6 +245,26 @@ def _width(parts: list[slice]) -> int:
 def _held_out(index: Tensor) -> Tensor:
     """The images on which ridge chooses its penalty: every fifth."""
     return index % 5 == 4
+
+
+def _load(reader: FeatureReader, plan: Plan, channels: dict[Readout, list[slice]]) -> Made:
+    """Readouts that were trained before, in evaluation mode.
+
+    Raises:
+        ValueError: where they read other channels than the encoder has.
+    """
+    found: Made = {}
+    for (readout, seed), state in (plan.states or {}).items():
+        width, expected = _width(channels[readout]), state["weight"].shape[1]
+        if width != expected:
+            raise ValueError(
+                f"the trained readout of stages {readout.stages} reads {expected} channels, and those of "
+                f"{type(reader.encoder).__name__} have {width}: it was trained on another architecture"
+            )
+        module = plan.posenet(readout, seed, width)
+        module.load_state_dict(state)
+        found[readout, seed] = module.to(reader.device).eval()
+    return found
 
 
 def _fit(

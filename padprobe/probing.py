@@ -19,6 +19,7 @@ from padprobe.maps import TARGETS, Target, position_maps, target_name
 from padprobe.measuring import Measured, Plan, describe, measure
 from padprobe.padding import as_built, list_padding, padding_reach
 from padprobe.readout.posenet import readout_side
+from padprobe.readout.saved import check_savable, load_readouts, save_readouts
 from padprobe.readout.variants import Readout, with_controls
 from padprobe.results import COLUMNS, Results
 from padprobe.scores import summarize
@@ -26,6 +27,7 @@ from padprobe.stages import context_size, find_stages, paper_stages
 from padprobe.stimuli import Images, load_images
 
 Source = str | Path | Images
+_PAPERS = (Readout(),)
 
 
 def probe_encoder(
@@ -33,7 +35,7 @@ def probe_encoder(
     train: Source = "dead_leaves",
     test: dict[str, Source] | None = None,
     *,
-    readouts: Sequence[Readout] = (Readout(),),
+    readouts: Sequence[Readout] | str | Path = _PAPERS,
     stages: str | Sequence[str] = "auto",
     targets: Sequence[Target] = TARGETS,
     grid: int = 28,
@@ -51,6 +53,7 @@ def probe_encoder(
     num_workers: int = 0,
     cache_gb: float = 8.0,
     cache_dir: str | Path | None = None,
+    save_to: str | Path | None = None,
     fabric: Fabric | None = None,
     labels: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -73,7 +76,9 @@ def probe_encoder(
         test: images to score on, by name; ``black``, ``white`` and ``noise`` are the paper's. Default: those and other
             dead leaves.
         readouts: see :class:`~padprobe.readout.variants.Readout`. The first is the headline: the one whose maps and
-            border profile are kept.
+            border profile are kept. Or a file of trained readouts (``save_to``): then nothing is trained, ``train`` is
+            not looked at, there are no untrained twins, and the file says ``targets``, ``grid``, ``image_size``,
+            ``normalize``, ``seeds`` and ``selectivity``.
         stages: dotted layer names; ``"auto"``: :func:`~padprobe.find_stages`; ``"paper"``: the paper's choice,
             which leaves out the first of a ResNet.
         targets: position maps, out of ``H, V, G, HS, VS``, or functions, see :data:`padprobe.maps.Target`.
@@ -98,6 +103,7 @@ def probe_encoder(
         cache_gb: memory for the training images' features (2.3 MB an image for VGG16); above it they go to a file. Of
             several processes each keeps its share, and the first all of them too.
         cache_dir: where that file lies; default: the system's folder for temporary files.
+        save_to: a file for the trained readouts of ``encoder``, with their controls (.safetensors).
         fabric: Lightning's Fabric, launched, for a choice of devices: the images are shared out among its processes,
             and all get the results. Default: one GPU where there is one, or else the CPU.
         labels: columns of the results that only the caller knows, such as ``run``, ``weights`` or ``task``.
@@ -116,6 +122,14 @@ def probe_encoder(
     Source: paper, sections 3.1 and 3.2; the controls but for RGB-only are ours.
     """
     labels = dict(labels or {})
+    saved = load_readouts(readouts) if isinstance(readouts, (str, Path)) else None
+    if saved:
+        if context or save_to:
+            raise ValueError("trained readouts are for the encoder as it is, and saved: leave context and save_to out")
+        readouts = list(dict.fromkeys(readout for readout, _ in saved.readouts))
+        seeds = list(dict.fromkeys(seed for _, seed in saved.readouts))
+        targets, grid, image_size = saved.targets, saved.grid, saved.image_size
+        normalize, selectivity, untrained = saved.normalize, saved.selectivity, 0
     if isinstance(encoder, (str, Path)):
         weights = "trained" if str(encoder).endswith(".ckpt") else "untrained"
         labels = {"run": Path(encoder).stem, "encoder": str(encoder), "weights": weights, **labels}
@@ -129,10 +143,15 @@ def probe_encoder(
     fabric = fabric or Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
     layers = _layers(encoder, stages, image_size)
     shown, sides = context_size(encoder, image_size, layers) if context else (image_size, None)
+    assert not isinstance(readouts, (str, Path))
     plan = _plan(readouts, layers, targets, image_size, grid, epochs, batch_size, seeds, selectivity)
+    if save_to:
+        check_savable(plan.readouts, targets)
+    if saved:
+        plan = dataclasses.replace(plan, states=dict(zip(saved.readouts, saved.states, strict=True)))
     if test is None:
         test = {"dead_leaves": "dead_leaves", "black": "black", "white": "white", "noise": "noise"}
-    train_images = load_images(train, shown, limit_train, seeds[0])
+    train_images = load_images("black" if saved and not blank else train, shown, limit_train, seeds[0])
     # another seed: generated test stimuli are not those of the training
     place = f" ({shown} px)" if context else ""
     test_images = {name + place: load_images(source, shown, limit_test, seeds[0] + 1) for name, source in test.items()}
@@ -170,6 +189,9 @@ def probe_encoder(
 
     main = run(encoder, plan, new=blank)
     parts = [main.results(labels)]
+    if save_to and fabric.global_rank == 0:
+        facts = {"grid": grid, "image_size": image_size, "normalize": normalize, "selectivity": selectivity}
+        save_readouts(save_to, main.made, targets, **facts)
     if context:
         with as_built(encoder, "valid"):
             unpadded = run(encoder, plan, "valid + context: ", sides)
