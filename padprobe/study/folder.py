@@ -6,16 +6,19 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from padprobe.readout.variants import Readout
 from padprobe.results import NOTES, Results, write_text
 from padprobe.study.plan import Cell, Planned, Study
 
 PLAN = "study.json"
+_RECORD = "part.json"
 
 
 def scores_folder(planned: Planned, out: Path) -> Path:
@@ -28,12 +31,18 @@ def _probe_folder(planned: Planned, out: Path) -> Path:
     return out / "cells" / planned.name / f"probe-{planned.probe_key}"
 
 
-def save_part(results: Results, planned: Planned, out: Path, readouts: Sequence[Readout]) -> None:
+def save_part(results: Results, planned: Planned, out: Path, readouts: Sequence[Readout], seconds: float) -> None:
     """Keeps what some of a cell's readouts found; a part counts from its results.csv on, which is written last."""
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU thread(s)"
+    record = {
+        "readouts": [dataclasses.asdict(readout) for readout in readouts],
+        "made": f"probed on {device}, torch {torch.__version__}, {date.today()}, in {seconds / 60:.1f} min",
+    }
     probe = _probe_folder(planned, out)
     part = probe / f"part-{len(list(probe.glob('part-*')))}"
     part.mkdir(parents=True)
-    write_text(part / "readouts.json", json.dumps([dataclasses.asdict(readout) for readout in readouts]))
+    write_text(part / _RECORD, json.dumps(record))
     results.save(part)
 
 
@@ -43,10 +52,14 @@ def _finished(probe: Path) -> list[Path]:
     return sorted(parts, key=lambda part: int(part.name.split("-")[1]))
 
 
+def _record(part: Path) -> dict[str, Any]:
+    return json.loads((part / _RECORD).read_text(encoding="utf-8"))
+
+
 def readouts_left(planned: Planned, out: Path) -> list[Readout]:
     """The readouts that have not been made."""
     parts = _finished(_probe_folder(planned, out))
-    made = [Readout(**readout) for part in parts for readout in json.loads((part / "readouts.json").read_text())]
+    made = [Readout(**readout) for part in parts for readout in _record(part)["readouts"]]
     return [readout for readout in planned.cell.readouts if readout not in made]
 
 
@@ -102,7 +115,7 @@ def load_results(out: str | Path) -> Results:
         elif not probes:
             notes.append(("missing", name, "not run yet"))
         else:
-            notes.append(("how", name, cell["how"]))
+            notes.append(("how", name, "; ".join([cell["how"], *(_record(part)["made"] for part in probes)])))
     joined = Results.join(parts)
     for table in ("rows", "profile"):  # parts of one cell share their controls
         frame = getattr(joined, table)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,32 +60,43 @@ def run_study(study: Study, out: str | Path, progress: Progress, say: Say) -> tu
         say(f"missing: {line}")
     with _quiet():
         todo = [planned for planned in study.chosen if not _done(planned, out)]
+        failed = []
         for planned in todo:
             progress(f"checking {planned.name}", 0, 1)
             try:
                 _check(planned.cell, out / "cells" / planned.name)
+            except OSError as error:  # weights that cannot be fetched: the others need not wait
+                failed.append(planned)
+                _tell(planned, out, error, say)
             except Exception as error:
                 raise ValueError(f"encoder {planned.name!r}: {error}") from error
-        failed = 0
         for i, planned in enumerate(study.chosen):
             place = f"{i + 1}/{len(study.chosen)} {planned.name}"
-            if planned not in todo:
-                say(f"{place}: done before")
+            if planned in failed:
                 continue
-            log = out / "cells" / planned.name / "error.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _run(planned, out, functools.partial(_at, place, progress))
-            except Exception as error:
-                failed += 1
-                write_text(log, traceback.format_exc())
-                say(f"{place}: FAILED: {error} (see {log})")
-                continue
-            log.unlink(missing_ok=True)
-            say(f"{place}: done")
+            if planned in todo:
+                try:
+                    _run(planned, out, functools.partial(_at, place, progress))
+                except Exception as error:
+                    failed.append(planned)
+                    _tell(planned, out, error, say)
+                    continue
+            _log(planned, out).unlink(missing_ok=True)
+            say(f"{place}: done" + (" before" if planned not in todo else ""))
     results = load_results(out)
     results.save(out)
-    return results, failed
+    return results, len(failed)
+
+
+def _log(planned: Planned, out: Path) -> Path:
+    return out / "cells" / planned.name / "error.log"
+
+
+def _tell(planned: Planned, out: Path, error: Exception, say: Say) -> None:
+    """Writes down why a cell failed; called where its exception is handled."""
+    _log(planned, out).parent.mkdir(parents=True, exist_ok=True)
+    write_text(_log(planned, out), traceback.format_exc())
+    say(f"{planned.name}: FAILED: {error} (see {_log(planned, out)})")
 
 
 def _at(place: str, progress: Progress, what: str, done: int, total: int) -> None:
@@ -168,6 +180,7 @@ def _run(planned: Planned, out: Path, progress: Progress) -> None:
             del labels["seed"]  # the readouts'
     readouts = readouts_left(planned, out)
     if readouts:
+        begun = time.perf_counter()
         results = probe_encoder(
             encoder,
             _source(json.dumps(cell.train)),
@@ -190,7 +203,7 @@ def _run(planned: Planned, out: Path, progress: Progress) -> None:
             labels=labels,
             progress=progress,
         )
-        save_part(results, planned, out, readouts)
+        save_part(results, planned, out, readouts, time.perf_counter() - begun)
 
 
 def _layers(cell: Cell, encoder: nn.Module) -> list[str]:

@@ -4,10 +4,12 @@ import random
 import subprocess
 import sys
 import time
+from urllib.error import URLError
 
 import pandas as pd
 import pytest
 
+from padprobe.encoders import load_encoder
 from padprobe.results import Results
 from padprobe.study import runner
 from padprobe.study.folder import load_results
@@ -196,6 +198,25 @@ def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
     assert "nothing" in (out / "cells" / "sod-valid" / "error.log").read_text()
     assert set(results.rows.run) == {"untrained-valid"}
     assert not (out / "cells" / "sod-valid" / "results.csv").exists()
+
+
+def test_weights_that_cannot_be_fetched_fail_their_own_cell_alone(study, tmp_path, monkeypatch):
+    def fetch(name, weights, *args):
+        if weights == "IMAGENET1K_V1":
+            raise URLError("no network")
+        return load_encoder(name, weights, *args)
+
+    monkeypatch.setattr(runner, "load_encoder", fetch)
+
+    def need_network(s):
+        del s["encoders"]["sod-valid"]
+        s["encoders"] = {"far": {"encoder": "torchvision:vgg11", "weights": "IMAGENET1K_V1"}, **s["encoders"]}
+
+    results, failed, said = run(edit(study, need_network), tmp_path / "out")
+    assert failed == 1
+    assert said[0].startswith("far: FAILED: <urlopen error no network>")
+    assert set(results.rows.run) == {"untrained-valid"}
+    assert list(results.notes[results.notes.kind == "missing"].what) == ["far"]
 
 
 @pytest.mark.parametrize(
