@@ -24,6 +24,7 @@ setup(
         "pycocotools>=2.0.8",
         "pysodmetrics>=1.4",
         "safetensors>=0.4.3",
+        "filelock>=3.13",
         "numpy>=1.26",
         "scipy>=1.15",
         "pandas>=2.2",

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.set_defaults(command=_probe)
 
     study = commands.add_parser("study", help="train, probe and compare the encoders that a YAML lists")
-    study.add_argument("config", metavar="YAML")
+    study.add_argument("config", nargs="+", metavar="YAML", help="a study; several are run as one")
     study.add_argument(
         "--out", required=True, metavar="DIR", help="folder for all results; a killed study goes on there"
     )
@@ -249,7 +249,7 @@ def _study(options: argparse.Namespace) -> int:
         same = [("--out", options.out), ("--preset", options.preset), *(("--set", c) for c in changes)]
         same.append(("--data", options.data))
         given = [text for option, value in same if value for text in (option, value)]
-        for line in print_commands(study, options.out, [options.config, *given]):
+        for line in print_commands(study, options.out, [*options.config, *given]):
             print(line)
         return 0
     with _progress() as (progress, say):
@@ -261,9 +261,9 @@ def _study(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from padprobe.results import Results
-    from padprobe.study.folder import PLAN, load_results
+    from padprobe.study.folder import PLANS, load_results
 
-    studies = [Path(folder, PLAN).is_file() for folder in options.results]
+    studies = [Path(folder, PLANS).is_dir() for folder in options.results]
     parts = [load_results(f) if s else Results.load(f) for f, s in zip(options.results, studies, strict=True)]
     return _show(Results.join(parts), options.out)
 

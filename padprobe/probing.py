@@ -141,6 +141,8 @@ def probe_encoder(
     if blank:
         encoder, untrained = copy.deepcopy(encoder), 0  # it is its own twin
     fabric = fabric or Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
+    if saved and stages == "auto" and set(saved.layers) <= {name for name, _ in encoder.named_modules()}:
+        stages = saved.layers  # the same layers, where the network calls them so
     layers = _layers(encoder, stages, image_size)
     shown, sides = context_size(encoder, image_size, layers) if context else (image_size, None)
     assert not isinstance(readouts, (str, Path))
@@ -191,7 +193,7 @@ def probe_encoder(
     parts = [main.results(labels)]
     if save_to and fabric.global_rank == 0:
         facts = {"grid": grid, "image_size": image_size, "normalize": normalize, "selectivity": selectivity}
-        save_readouts(save_to, main.made, targets, **facts)
+        save_readouts(save_to, main.made, targets, layers=layers, **facts)
     if context:
         with as_built(encoder, "valid"):
             unpadded = run(encoder, plan, "valid + context: ", sides)

@@ -28,6 +28,7 @@ class SavedReadouts:
         states: their weights, in the same order.
         targets: position maps.
         grid, image_size, normalize, selectivity: see :func:`~padprobe.probe_encoder`.
+        layers: of the encoder that they were trained on, its stages f1..fn.
     """
 
     readouts: list[tuple[Readout, int]]
@@ -37,9 +38,10 @@ class SavedReadouts:
     image_size: int
     normalize: bool
     selectivity: bool
+    layers: list[str]
 
 
-_FACTS = ("targets", "grid", "image_size", "normalize", "selectivity")
+_FACTS = ("targets", "grid", "image_size", "normalize", "selectivity", "layers")
 
 
 def check_savable(readouts: Iterable[Readout], targets: Iterable[Any]) -> None:

@@ -207,7 +207,9 @@ def draw_maps(maps: Maps, shown: Sequence[tuple[str, str]]) -> Figure | None:
             line, [truth[target], *(maps.get((*p, target, "prediction")) for p in shown)], strict=True
         ):
             image = _show(axis, values, 1) or image
-    for axis, title in zip(axes[0], ["target", *(run for run, _ in shown)], strict=True):
+    runs = [run for run, _ in shown]
+    names = [run if runs.count(run) == 1 else f"{run} {stimulus}" for run, stimulus in shown]
+    for axis, title in zip(axes[0], ["target", *names], strict=True):
         axis.set_title(_wrapped(title), fontsize=8)
     figure.colorbar(image, ax=axes, label="position (0 to 1)", fraction=0.03, pad=0.01, aspect=30)  # type: ignore[arg-type]
     return figure

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 
 from padprobe.report import tables
 from padprobe.report.paper import paper_numbers
-from padprobe.report.paper_page import paper_sections
+from padprobe.report.paper_page import paper_places, paper_sections
 from padprobe.report.readouts import variance_section, variants_section
 from padprobe.report.sections import (
     Figure,
@@ -24,6 +24,8 @@ from padprobe.report.sections import (
     trajectory_lines,
 )
 from padprobe.results import Results, write_atomically
+
+_LOSS = "Content loss"
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -69,7 +71,11 @@ def write_report(results: Results, out: Path) -> Path:
     for name in ("report.md", "report.html"):
         _write(out / name, environment.get_template(f"{name}.jinja").render(context).encode())
     if beside := paper_sections(rows, results.notes):
-        context = {**context, "sections": beside, "title": "The paper's tables, and ours"}
+        drawn = [section for section in sections if section.title == _LOSS]
+        if maps := _paper_maps(results, rows):
+            _write(out / "figures" / "paper_maps.png", maps.figures[0].png)
+            drawn.insert(0, maps)
+        context = {**context, "sections": beside + drawn, "title": "The paper's tables, and ours"}
         _write(out / "paper.md", environment.get_template("report.md.jinja").render(context).encode())
     write_atomically(out / "trajectory.csv", lambda path: results.trajectory.to_csv(path, index=False))
     write_atomically(out / "profile.csv", lambda path: results.profile.to_csv(path, index=False))
@@ -169,8 +175,21 @@ def _figures(results: Results, rows: pd.DataFrame, head: pd.DataFrame) -> list[S
             "grow away from the border say that position enters there."
         )
         figure = Figure("content_loss", "Content-loss heat maps by run and stimulus", figures.to_png(loss))
-        sections.append(Section("Content loss", reading, figures=[figure]))
+        sections.append(Section(_LOSS, reading, figures=[figure]))
     return sections
+
+
+def _paper_maps(results: Results, rows: pd.DataFrame) -> Section | None:
+    """The maps predicted by the paper's networks on its stimuli: the section of its figures."""
+    from padprobe.report import figures  # matplotlib
+
+    shown = paper_places(rows)
+    drawn = figures.draw_maps(figures.collect_maps(rows, results.maps), shown)
+    if drawn is None:
+        return None
+    reading = "Mean prediction of each target; on black, white and noise there is nothing to go by but the padding."
+    title = "Figures: predicted maps"
+    return Section(title, reading, figures=[Figure("paper_maps", title, figures.to_png(drawn))])
 
 
 def _aligned(caption: str, lines: list[list[Any]]) -> str:

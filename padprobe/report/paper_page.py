@@ -33,8 +33,8 @@ def paper_sections(results_rows: pd.DataFrame, notes: pd.DataFrame) -> list[Sect
     pairs: list[Row] = []
     sections = [
         _table1(table, pairs),
-        _ablation(table, pairs, "2a", "depth of the readout", "layers", "depth", (1, 2, 3)),
-        _ablation(table, pairs, "2b", "kernel of the readout", "kernel", "kernel_size", (1, 3, 7)),
+        _ablation(results_rows, pairs, "2a", "depth of the readout", "layers", "depth", (1, 2, 3)),
+        _ablation(results_rows, pairs, "2b", "kernel of the readout", "kernel", "kernel_size", (1, 3, 7)),
         _table3(table, pairs),
         _table4(table, pairs),
         _table5(results_rows),
@@ -43,10 +43,24 @@ def paper_sections(results_rows: pd.DataFrame, notes: pd.DataFrame) -> list[Sect
     return [_reading(pairs, table), *(section for section in sections if section), *_how(notes)]
 
 
+def paper_places(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """(run, stimulus) of the paper's figures: ImageNet's VGG16 on every stimulus, other networks on natural images.
+
+    Args:
+        rows: cleaned rows, see :func:`padprobe.report.tables.clean`.
+    """
+    plain = [row for row in rows.to_dict("records") if row["target"] and _plain(row) and row["stages"] == "all"]
+    vgg = [(row["group"], row["stimulus"]) for row in plain if _is_vgg(row)]
+    first = [place for place in vgg if place[0] == vgg[0][0]]
+    others = [(row["group"], row["stimulus"]) for row in plain if row["stimulus"] == STIMULI[0] and not _is_vgg(row)]
+    return list(dict.fromkeys([*first, *others]))
+
+
 def _measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """The position table, its image-alone rows those of the ImageNet VGG16's runs, whose images are the paper's."""
+    """The position table, its image-alone rows those of the ImageNet VGG16's runs, whose images are the paper's; of
+    several such runs, of the one with most images."""
     table = tables.position_table(rows)
-    own = rows[[_is_vgg(row) for row in rows.to_dict("records")]]
+    own = rows[[_is_vgg(row) for row in rows.to_dict("records")]].sort_values("n", ascending=False, kind="stable")
     if own.empty:
         return table
     alone = tables.position_table(own.drop_duplicates([*tables.READOUT, "seed", "stimulus", "target", "metric"]))
@@ -59,7 +73,7 @@ def _is_vgg(row: Row) -> bool:
 
 
 def _is_imagenet(row: Row) -> bool:
-    return row["weights"] not in ("", "untrained", "trained") and row["task"] in ("", "classification")
+    return row["weights"] not in ("", "untrained", "trained") and row["task"] not in ("SOD", "SS")
 
 
 def _plain(row: Row) -> bool:
@@ -90,14 +104,16 @@ def _compare(
         paper: its table's name in ``paper.json``.
         lines: what we call a network, what the paper does ("" where it has none), and which rows are its own.
     """
-    records = table.to_dict("records")
-    chosen = [(label, name, [row for row in records if mine(row)]) for label, name, mine in lines]
-    stimuli = [s for s in STIMULI if any(row["stimulus"].startswith(s) for *_, rows in chosen for row in rows)]
-    counts = {s: max((r["n"] for *_, rows in chosen for r in rows if r["stimulus"].startswith(s))) for s in stimuli}
+    records = [{**row, "place": _place(row)} for row in table.to_dict("records")]
+    chosen = [(label, name, [row for row in records if row["place"] and mine(row)]) for label, name, mine in lines]
+    counts = {s: max((r["n"] for *_, rows in chosen for r in rows if r["place"] == s), default=0) for s in STIMULI}
+    stimuli = [s for s in STIMULI if counts[s]]
     found = []
     for target in tables.targets_of(table):
         for label, name, rows in chosen:
-            by_stimulus = {s: r for s in stimuli for r in rows if r["stimulus"].startswith(s) and r["target"] == target}
+            by_stimulus: dict[str, Row] = {}
+            for row in sorted((r for r in rows if r["target"] == target), key=lambda r: -r["n"]):
+                by_stimulus.setdefault(row["place"], row)  # of several runs the one of most images, the first of these
             if by_stimulus:
                 cells = []
                 for stimulus in stimuli:
@@ -110,6 +126,14 @@ def _compare(
                 found.append(("run", [target, label, *cells]))
     columns = ["target", "network", *(f"{s} (n = {counts[s]})" for s in stimuli)]
     return Table(caption, columns, found, 2) if found else None
+
+
+def _place(row: Row) -> str:
+    """Which of the paper's stimuli a row is of; "" for another, such as the larger images of a run with context."""
+    stimulus = str(row["stimulus"])
+    if row["padding"] == "valid+context":
+        stimulus = stimulus.partition(" (")[0]
+    return stimulus if stimulus in STIMULI else ""
 
 
 def _cell(row: Row | None, paper: Row, n: int) -> str:
@@ -152,28 +176,29 @@ def _table1(table: pd.DataFrame, pairs: list[Row]) -> Section | None:
 
 
 def _ablation(
-    table: pd.DataFrame, pairs: list[Row], which: str, title: str, word: str, column: str, values: tuple[int, ...]
+    rows: pd.DataFrame, pairs: list[Row], which: str, title: str, word: str, column: str, values: tuple[int, ...]
 ) -> Section | None:
-    """Tables 2a and 2b: a readout's option at several values, on one run that has them all."""
-    others = {"depth": 1, "kernel_size": 3}
-    own = table[(table["head_padding"] == 0) & (table["readout"] == "posenet") & table["stages"].isin(["all", "rgb"])]
-    for other, usual in others.items():
-        own = own[own[other] == usual] if other != column else own
-    vgg = own[[_is_vgg(row) for row in own.to_dict("records")]]
-    counts = vgg.groupby("run")[column].nunique()
-    if counts.empty or counts.max() < 2:
+    """Tables 2a and 2b: a readout's option at several values, of the one run that has most of them."""
+    usual = {"kernel_size": 3, "depth": 1, "head_padding": 0}
+    own = rows[(rows["readout"] == "posenet") & rows["stages"].isin(["all", "rgb"])]
+    for other in usual.keys() - {column}:
+        own = own[own[other] == usual[other]]
+    own = own[[_is_vgg(row) and bool(_place(row)) for row in own.to_dict("records")]]
+    runs = own.groupby("group").agg(values=(column, "nunique"), n=("n", "max")).sort_values(["values", "n"])
+    if runs.empty or runs["values"].iloc[-1] < 2:
         return None
-    run = str(counts.idxmax())
+    # without delta: an untrained encoder was probed at this run's scale only where both are at the same
+    table = tables.position_table(own[own["group"] == runs.index[-1]]).assign(delta=float("nan"))
 
-    def of(name: str, value: int) -> Callable[[Row], bool]:
-        return lambda row: row["run"] == name and row[column] == value and row["stimulus"] == STIMULI[0]
+    def of(alone: bool, value: int) -> Callable[[Row], bool]:
+        return lambda row: (row["run"] == RGB) == alone and row[column] == value and row["stimulus"] == STIMULI[0]
 
     lines = [
-        (f"{label}, {value} {word}", f"{label.split(',')[0]} {word}={value}", of(name, value))
-        for label, name in (("PosENet", RGB), ("VGG", run))
+        (f"{label}, {value} {word}", f"{label} {word}={value}", of(label == "PosENet", value))
+        for label in ("PosENet", "VGG")
         for value in values
     ]
-    found = _compare("", own, pairs, f"table{which}", lines)
+    found = _compare("", table, pairs, f"table{which}", lines)
     return Section(f"Table {which}: {title}", "", [found]) if found else None
 
 
@@ -208,15 +233,14 @@ def _table4(table: pd.DataFrame, pairs: list[Row]) -> Section | None:
     lines = [(f"PosENet, padded by {pad}", f"PosENet pad={pad}", alone(pad)) for pad in (0, 1, 2)]
     lines += [(f"VGG16, {mode}", names.get(mode, ""), of(mode, False)) for mode in modes]
     lines += [(f"VGG16, {mode}, untrained", "", of(mode, True)) for mode in modes]
-    natural = table[table["stimulus"].str.startswith(STIMULI[0])]
-    blank = table[~table["stimulus"].str.startswith(STIMULI[0])]
+    natural = table["stimulus"].str.startswith(STIMULI[0])
     parts = (
-        _compare("On natural images", natural, pairs, "table4", lines),
-        _compare("On images without content", blank, pairs, "table4", lines),
+        _compare("On natural images", table[natural], pairs, "table4", lines),
+        _compare("On images without content", table[~natural], pairs, "table4", lines),
     )
     reading = (
         "Valid is the paper's VGG16 without padding, not retrained; valid+context is the same shown the image with its "
-        "surroundings, at the padded one's resolution. Without content and without padding nothing is left."
+        "surroundings, at the padded one's resolution. Without padding, an image without content has nothing to go by."
     )
     found = [part for part in parts if part]
     return Section("Table 4: padding", reading, found) if found else None
@@ -234,7 +258,7 @@ def _table5(rows: pd.DataFrame) -> Section | None:
         cells += [number(value, sign="+" if i == 2 else "") for i, value in enumerate(numbers)]
         key = {"max F-measure": "Fm", "MAE": "MAE"}.get(row["metric"])
         both = [paper["table5a"][name].get(row["data"], {}).get(key) for name in ("VGG", "VGG w/o padding")]
-        if row["metric"] == "mIoU":
+        if row["metric"] == "mIoU" and "VOC" in row["data"]:
             both = [paper["table5b_percent"][name] / 100 for name in ("VGG", "VGG w/o padding")]
         cells += [number(value) if value is not None else ABSENT for value in both]
         lines.append(("run", cells))
@@ -281,6 +305,11 @@ def _table6(table: pd.DataFrame, pairs: list[Row]) -> Section | None:
 
 def _reading(pairs: list[Row], table: pd.DataFrame) -> Section:
     """Where we agree with the paper, where not, and why, as far as the numbers say it."""
+    orders = list(_orders(pairs))
+    unique: dict[tuple[Any, ...], Row] = {}  # what several of the paper's tables have counts once
+    for pair in pairs:
+        unique.setdefault(tuple(pair[c] for c in (*tables.RUN, *tables.READOUT, "place", "target", "theirs")), pair)
+    pairs = list(unique.values())
     near = [pair for pair in pairs if abs(pair["spc"] - pair["theirs"]) <= CLOSE]
     lines = [
         f"Of {len(pairs)} values of SPC that the paper has too, {len(near)} are within {number(CLOSE, 2)} of it; the "
@@ -290,15 +319,14 @@ def _reading(pairs: list[Row], table: pd.DataFrame) -> Section:
     rows = [("run", [p["table"].replace("table", ""), p["target"], p["label"], p["place"], *_numbers(p)]) for p in far]
     columns = ["table", "target", "network", "images", "ours", "paper", "difference"]
     parts = [Table(lines[0], columns, rows, 4)]
-    orders = list(_orders(pairs))
     if orders:
         columns = ["table", "target", "the paper's order", "ours", "turned round"]
         parts.append(Table("Orders of the ablations on natural images", columns, orders, 3))
     known = [
         "What is known of the differences. MAE: the paper's stripes (HS, VS) look like targets on [-1, 1], ours are on "
         "[0, 1], so their MAE is not compared. f1 alone (table 3): the paper's readout seems to sample the stage "
-        "inside the border, ours at it (docs/ablations.md). Black, white and noise are one to eight images, and our "
-        "noise is not the authors' image."
+        "inside the border, ours at it (docs/ablations.md). Black and white are one image each, and our noise "
+        "is not the authors' image."
     ]
     known += _controls(table)
     return Section("Reading", "", parts, note="\n\n".join(known))
@@ -334,8 +362,8 @@ def _orders(pairs: list[Row]) -> Iterator[tuple[str, list[str]]]:
 
 def _controls(table: pd.DataFrame) -> list[str]:
     """What the controls say that the paper does not have."""
-    natural = table[table["stimulus"].str.startswith(STIMULI[0])]
-    rows = [row for row in natural.to_dict("records") if str(row["encoder"]).lower().endswith("vgg16") and _plain(row)]
+    vgg = [row for row in table.to_dict("records") if str(row["encoder"]).lower().endswith("vgg16") and _plain(row)]
+    rows = sorted((row for row in vgg if _place(row) == STIMULI[0]), key=lambda row: row["n"])  # most images last
 
     def values(padding: str, untrained: bool) -> str:
         found = {
@@ -349,7 +377,7 @@ def _controls(table: pd.DataFrame) -> list[str]:
     if twin := values("zeros", True):
         said.append(
             f"Untrained twins: a VGG16 that was never trained reads {twin}, ImageNet's {values('zeros', False)}. A "
-            "readout's score is in great part the architecture's: without its twin it says little about training."
+            "score without its twin's is of the architecture as much as of the training."
         )
     if valid := values("valid", False):
         text = (

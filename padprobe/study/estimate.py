@@ -44,7 +44,7 @@ def seconds_to_run(cell: Cell, readouts: list[Readout], layers: list[str], image
             steps = len(data.train_dataloader()) * (whole.trainer.max_epochs or 1)
             cli = build(cell, Path(folder), {**plain, **short}, callbacks=[step])
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        seconds += steps * (step.times[-1] - step.times[0]) / (len(step.times) - 1)
+        seconds += steps * (step.times[-1] - step.times[0]) / max(len(step.times) - 1, 1)
         encoder = cli.model.get_submodule(find_encoder(cli.model))
     else:
         encoder = load_encoder(cell.encoder, cell.weights, cell.padding, cell.seeds[0], cell.options)

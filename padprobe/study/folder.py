@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -17,18 +18,23 @@ from padprobe.readout.variants import Readout
 from padprobe.results import NOTES, Results, write_text
 from padprobe.study.plan import Cell, Planned, Study
 
-PLAN = "study.json"
+PLANS = "studies"
 _RECORD = "part.json"
 
 
 def scores_folder(planned: Planned, out: Path) -> Path:
     """Where a trained cell's task scores lie."""
-    return out / "cells" / planned.name / f"scores-{planned.scores_key}"
+    return out / "cells" / planned.folder / f"scores-{planned.scores_key}"
+
+
+def error_log(planned: Planned, out: Path) -> Path:
+    """Where it stands why a cell failed."""
+    return out / "cells" / planned.folder / "error.log"
 
 
 def _probe_folder(planned: Planned, out: Path) -> Path:
     """Where a cell's probes lie: a part for every time that readouts were added."""
-    return out / "cells" / planned.name / f"probe-{planned.probe_key}"
+    return out / "cells" / planned.folder / f"probe-{planned.probe_key}"
 
 
 def save_part(results: Results, planned: Planned, out: Path, readouts: Sequence[Readout], seconds: float) -> None:
@@ -40,7 +46,7 @@ def save_part(results: Results, planned: Planned, out: Path, readouts: Sequence[
         "made": f"probed on {device}, torch {torch.__version__}, {date.today()}, in {seconds / 60:.1f} min",
     }
     probe = _probe_folder(planned, out)
-    part = probe / f"part-{len(list(probe.glob('part-*')))}"
+    part = probe / f"part-{time.time_ns()}"
     part.mkdir(parents=True)
     write_text(part / _RECORD, json.dumps(record))
     results.save(part)
@@ -58,24 +64,36 @@ def _record(part: Path) -> dict[str, Any]:
 
 def readouts_left(planned: Planned, out: Path) -> list[Readout]:
     """The readouts that have not been made."""
-    parts = _finished(_probe_folder(planned, out))
-    made = [Readout(**readout) for part in parts for readout in _record(part)["readouts"]]
-    return [readout for readout in planned.cell.readouts if readout not in made]
+    return _left(planned.cell.readouts, _finished(_probe_folder(planned, out)))
+
+
+def _left(asked: Sequence[Readout], parts: Sequence[Path]) -> list[Readout]:
+    """The readouts that none of the parts has made. The first counts only as a part's first, whose maps are kept."""
+    found = [[Readout(**readout) for readout in _record(part)["readouts"]] for part in parts]
+    made = {readout for readouts in found for readout in readouts if readout != asked[0]}
+    return [r for r in asked if r not in made | {readouts[0] for readouts in found}]
 
 
 def write_plan(study: Study, out: Path) -> None:
-    """Writes down what the study is, so that its results can be joined by whoever has the folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    cells = {
-        planned.name: {
+    """Writes down what the study is, so that its results can be joined by whoever has the folder.
+
+    Cells that are not chosen stay as an earlier run of the study has written them: they may be at another scale.
+    """
+    place = out / PLANS / f"{study.name}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(place.read_text(encoding="utf-8"))["cells"] if place.is_file() else {}
+    cells = {}
+    for planned in study.cells:
+        cells[planned.name] = {
             "scores": str(scores_folder(planned, Path())) if planned.cell.fit else None,
             "probe": str(_probe_folder(planned, Path())),
+            "log": str(error_log(planned, Path())),
             "how": _how(planned.cell),
             "readouts": [dataclasses.asdict(readout) for readout in planned.cell.readouts],
         }
-        for planned in study.cells
-    }
-    write_text(out / PLAN, json.dumps({"cells": cells, "missing": study.missing}, indent=1))
+        if planned not in study.chosen:
+            cells[planned.name] = earlier.get(planned.name, cells[planned.name])
+    write_text(place, json.dumps({"cells": cells, "missing": study.missing}, indent=1))
 
 
 def _how(cell: Cell) -> str:
@@ -91,30 +109,48 @@ def _how(cell: Cell) -> str:
 
 
 def load_results(out: str | Path) -> Results:
-    """What a study has found so far, and what it has not and why.
+    """What the studies in a folder have found so far, and what they have not and why.
+
+    Of a cell that several studies have, all their readouts, if they agree on the rest of it; or else the latest
+    study's.
 
     Args:
-        out: a study's folder, see :func:`write_plan`.
+        out: the folder, see :func:`write_plan`.
     """
     out = Path(out)
-    plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
+    cells: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for place in sorted((out / PLANS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+        plan = json.loads(place.read_text(encoding="utf-8"))
+        missing |= plan["missing"]
+        for name, cell in plan["cells"].items():
+            earlier = cells.get(name)
+            if earlier and all(earlier[key] == cell[key] for key in ("probe", "scores")):
+                more = [readout for readout in earlier["readouts"] if readout not in cell["readouts"]]
+                cell["readouts"] += more
+            cells[name] = cell
     parts = []
-    notes = [("missing", name, why) for name, why in plan["missing"].items()]
-    for name, cell in plan["cells"].items():
+    notes = [("missing", name, why) for name, why in missing.items()]
+    for name, cell in cells.items():
         scores, probes = cell["scores"], _finished(out / cell["probe"])
-        if scores and (out / scores / "results.csv").is_file():
+        scored = not scores or (out / scores / "results.csv").is_file()
+        if scores and scored:
             parts.append(Results.load(out / scores))
         readouts = [Readout(**readout) for readout in cell["readouts"]]
         for part in probes:
             found = Results.load(part)
             found.rows = found.rows[[_asked(row, readouts) for row in found.rows.to_dict("records")]]
+            if Readout(**_record(part)["readouts"][0]) != readouts[0]:  # maps and profiles are of the first readout
+                found.maps, found.profile = {}, found.profile[:0]
             parts.append(found)
-        log = out / "cells" / name / "error.log"
-        if log.is_file():
-            notes.append(("missing", name, f"failed: {log.read_text(encoding='utf-8').strip().splitlines()[-1]}"))
-        elif not probes:
-            notes.append(("missing", name, "not run yet"))
-        else:
+        left = _left(readouts, probes)
+        if (out / cell["log"]).is_file():
+            why = (out / cell["log"]).read_text(encoding="utf-8").strip().splitlines()[-1]
+            notes.append(("missing", name, f"failed: {why}"))
+        elif left or not scored:
+            few = probes and scored
+            notes.append(("missing", name, f"not run yet: {len(left)} of its readouts" if few else "not run yet"))
+        if probes:
             notes.append(("how", name, "; ".join([cell["how"], *(_record(part)["made"] for part in probes)])))
     joined = Results.join(parts)
     for table in ("rows", "profile"):  # parts of one cell share their controls

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class Cell:
         overrides: of the config, by dotted key, such as ``model.init_args.encoder_padding: valid``.
         scores: of a trained network: the test sets, by the name that the report gives them, each with overrides of the
             config beside those of the training.
-        task: what the report calls the encoder's training: untrained, classification, SOD, SS, ...
+        task: what the report calls the encoder's training: classification, SOD, SS, ...; without any, and with
+            untrained weights, it is called untrained.
         seeds: of untrained weights and of trainings, one cell each; of the readouts.
         train: images to train readouts on: a stimulus, a folder or a data set by ``class_path``.
         test: images to score on, by name.
@@ -72,7 +73,7 @@ class Cell:
     fit: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    task: str = "untrained"
+    task: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
     train: Any = "dead_leaves"
     test: dict[str, Any] = field(default_factory=lambda: {name: name for name in ("black", "white", "noise")})
@@ -91,7 +92,7 @@ class Cell:
 
 
 _OPTIONS = [option.name for option in dataclasses.fields(Cell)]
-_NESTED = ("readouts", "train", "test", "overrides", "scores")
+_NESTED = ("readouts", "train", "test", "overrides", "scores")  # what may hold a class_path, or is checked apart
 _TRAINING = ("fit", "overrides", "seeds")
 _FREE = ("readouts", "scores", "num_workers", "cache_gb")  # what does not change a probe's results, or has its own key
 
@@ -102,12 +103,14 @@ class Planned:
 
     Attributes:
         name: the encoder's, followed by the seed where it has several.
+        folder: of all that it leaves; the same however many seeds stand beside its own.
         cell: what to run.
         training_key, scores_key, probe_key: hashes of all that determines the weights, the task's scores, and the
             measurements of any one readout.
     """
 
     name: str
+    folder: str
     cell: Cell
     training_key: str
     scores_key: str
@@ -119,19 +122,24 @@ class Study:
     """What can be run, and what cannot.
 
     Attributes:
+        name: of its YAML, without the folder.
         cells: in order.
         chosen: those to run now.
         missing: a line for every data set or weights that are not there: what they are, and the rows that wait for
             them.
     """
 
+    name: str
     cells: list[Planned]
     chosen: list[Planned]
     missing: dict[str, str]
 
 
 def read_study(
-    path: str | Path, preset: str | None = None, changes: Iterable[str] = (), only: Iterable[str] = ()
+    paths: str | Path | Sequence[str | Path],
+    preset: str | None = None,
+    changes: Iterable[str] = (),
+    only: Iterable[str] = (),
 ) -> Study:
     """Reads a study's YAML.
 
@@ -140,7 +148,7 @@ def read_study(
     from this one; an encoder that several name is one, with the readouts and scores of all) and ``anchors`` (anything).
 
     Args:
-        path: of the YAML.
+        paths: of the YAML; several are one study, as if it included them.
         preset: one of the study's ``presets``, applied first.
         changes: ``key=value``, such as ``limit_train=500`` or ``encoders.vgg16.weights=untrained``.
         only: names of cells, or patterns such as ``sod-*``; none: all.
@@ -149,21 +157,28 @@ def read_study(
         ValueError: naming the file that is missing or the key or value that a study does not have.
     """
     _fingerprint.cache_clear()
+    files = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    name = "+".join(file.stem for file in files)
     try:
-        tree = _read(Path(path))
+        tree: dict[str, Any] = {}
+        for file in files:
+            tree = _merge(tree, _read(file))
+        for part in ("encoders", "data"):  # YAML's aliases are one object, and a change is of one encoder
+            tree[part] = {key: copy.deepcopy(value) for key, value in tree[part].items()}
+        written = {key: str(source.get("path")) for key, source in tree["data"].items() if isinstance(source, dict)}
         presets = tree.pop("presets", {})
         if preset is not None:
             check_name(preset, presets, "preset")
             for key, value in presets[preset].items():
-                _change(tree, key, value)
+                _change(tree, key, copy.deepcopy(value))
         for change in changes:
             key, equals, value = change.partition("=")
             if not equals:
                 raise ValueError(f"change {change!r}; expected key=value, such as limit_train=500")
             _change(tree, key, yaml.safe_load(value))
-        return _plan(tree, list(only))
+        return _plan(name, tree, written, list(only))
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"study {str(path)!r}: {error}") from error
+        raise ValueError(f"study {name!r}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -197,13 +212,13 @@ def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
                     f"encoder {name!r} is included with {key} {other.get(key)!r} and with {cell.get(key)!r}: give one "
                     "of them another name"
                 )
-        union = [*other.get("readouts", [{}]), *cell.get("readouts", [{}])]
-        readouts = [readout for i, readout in enumerate(union) if readout not in union[:i]]
-        merged["encoders"][name] = {
-            **cell,
-            "readouts": readouts,
-            "scores": {**other.get("scores", {}), **cell.get("scores", {})},
-        }
+        both = {**other, **cell}
+        if "readouts" in both and other is not cell:
+            union = [*other.get("readouts", [{}]), *cell.get("readouts", [{}])]
+            both["readouts"] = [readout for i, readout in enumerate(union) if readout not in union[:i]]
+        if "scores" in both:
+            both["scores"] = {**other.get("scores", {}), **cell.get("scores", {})}
+        merged["encoders"][name] = both
     return merged
 
 
@@ -225,7 +240,8 @@ def _change(tree: dict[str, Any], key: str, value: Any) -> None:
         tree[key] = value
 
 
-def _plan(tree: dict[str, Any], only: list[str]) -> Study:
+def _plan(study: str, tree: dict[str, Any], written: dict[str, str], only: list[str]) -> Study:
+    """The cells of a merged and changed tree; ``written`` are its data's paths as they were before the changes."""
     encoders = tree.pop("encoders")
     if not encoders:
         raise ValueError("it has no encoders")
@@ -238,16 +254,19 @@ def _plan(tree: dict[str, Any], only: list[str]) -> Study:
         for key in own:
             check_name(key, _OPTIONS, f"option of encoder {name!r}")
         raw = {**tree, **own}
+        raw["overrides"] = {**_of_fit(raw, written), **raw.get("overrides", {})}
         if not _drop_missing(name, raw, sources, waiting):
             continue
-        seeds = raw.get("seeds", [0])
-        apart = "fit" in raw or raw.get("weights", "untrained") == "untrained"
+        blank = raw.get("weights", "untrained") == "untrained" and not str(raw.get("encoder")).endswith(".ckpt")
+        seeds, apart = raw.get("seeds", [0]), "fit" in raw or blank
+        if blank and not raw.get("fit") and not raw.get("task"):
+            raw["task"] = "untrained"
         for chosen in [[seed] for seed in seeds] if apart and isinstance(seeds, list) else [seeds]:
             one = {**raw, "seeds": chosen}
             cell = _typed(Cell, _fill(one, sources), f"encoder {name!r}")
             cell.readouts = [_typed(Readout, r, f"readout of encoder {name!r}") for r in one.get("readouts", [{}])]
-            full = f"{name}-seed{chosen[0]}" if apart and len(seeds) > 1 else name
-            cells.append(_keyed(full, cell, one, sources))
+            folder = f"{name}-seed{chosen[0]}" if apart else name
+            cells.append(_keyed(folder if len(seeds) > 1 else name, folder, cell, one, sources))
     names = [planned.name for planned in cells]
     for pattern in only:
         if not fnmatch.filter(names, pattern):
@@ -259,7 +278,7 @@ def _plan(tree: dict[str, Any], only: list[str]) -> Study:
         + f": {', '.join(rows)}"
         for name, rows in waiting.items()
     }
-    return Study(cells, [planned for planned in cells if planned.name in chosen_names], missing)
+    return Study(study, cells, [planned for planned in cells if planned.name in chosen_names], missing)
 
 
 def _typed(kind: type, values: Any, what: str) -> Any:
@@ -269,9 +288,7 @@ def _typed(kind: type, values: Any, what: str) -> Any:
     for key in values:
         check_name(key, [option.name for option in dataclasses.fields(kind)], f"option of {what}")
     parser = ArgumentParser(exit_on_error=False)
-    plain = {
-        key: value for key, value in values.items() if key not in ("readouts", "train", "test", "overrides", "scores")
-    }
+    plain = {key: value for key, value in values.items() if key not in _NESTED}
     parser.add_class_arguments(kind, "it", skip={*values.keys() - plain.keys()})
     try:
         parsed = parser.parse_object({"it": plain}).it.as_dict()
@@ -298,26 +315,20 @@ def _drop_missing(name: str, raw: dict[str, Any], sources: dict[str, Source], wa
         if option in raw:
             raw[option] = kept
     blocking = lacking({key: value for key, value in raw.items() if key not in ("test", "scores")})
-    for path in _of_fit(raw):
-        if not Path(os.path.expandvars(path)).exists():
-            source = next((s for s, data in sources.items() if _inside(path, data.path)), path)
-            sources.setdefault(source, Source(path))
-            blocking.append(source)
     for source in dict.fromkeys(blocking):
         waiting.setdefault(source, []).append(name)
     return not blocking
 
 
-def _inside(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
-
-
-def _of_fit(raw: dict[str, Any]) -> Iterator[str]:
-    """The paths under ``$PADPROBE_DATA`` that a training's config names and its overrides do not replace."""
+def _of_fit(raw: dict[str, Any], written: dict[str, str]) -> dict[str, str]:
+    """Overrides of a training's config that put the study's data where the config names them by their path."""
+    found: dict[str, str] = {}
     if raw.get("fit") and Path(raw["fit"]).is_file():
         for key, value in _flat(yaml.safe_load(Path(raw["fit"]).read_text(encoding="utf-8"))):
-            if isinstance(value, str) and "$PADPROBE_DATA" in value and key not in raw.get("overrides", {}):
-                yield value
+            for name, path in written.items():
+                if isinstance(value, str) and (value == path or value.startswith(f"{path}/")):
+                    found[key] = f"${{{name}}}{value.removeprefix(path)}"
+    return found
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -350,21 +361,21 @@ def _fill(value: Any, sources: dict[str, Source]) -> Any:
     return copy.copy(value)
 
 
-def _keyed(name: str, cell: Cell, raw: dict[str, Any], sources: dict[str, Source]) -> Planned:
+def _keyed(name: str, folder: str, cell: Cell, raw: dict[str, Any], sources: dict[str, Source]) -> Planned:
     """A cell with its keys: hashes of its options as they are written, of its config and of the files it reads."""
     complete = {option: raw.get(option, getattr(cell, option)) for option in _OPTIONS}
 
     def part(options: Iterable[str], *more: Any) -> str:
         chosen = {option: complete[option] for option in options}
         paths = [sources[source].place for source in _names(chosen, sources)]
-        named = [str(chosen[option]) for option in ("fit", "encoder", "weights") if option in chosen]
-        return _hash(chosen, [_fingerprint(p) for p in [*paths, *filter(os.path.isfile, named)]], *more)
+        named = [chosen.get(option) for option in ("fit", "encoder", "weights", "train")]
+        named += [*chosen.get("test", {}).values()]
+        paths += [text for text in named if isinstance(text, str) and os.path.exists(text)]
+        return _hash(chosen, [_fingerprint(path) for path in paths], *more)
 
-    training = ""
-    if cell.fit:
-        training = part(_TRAINING, [_fingerprint(os.path.expandvars(path)) for path in _of_fit(raw)])
+    training = part(_TRAINING) if cell.fit else ""
     probe = part([option for option in _OPTIONS if option not in (*_TRAINING, *_FREE)], cell.seeds, training)
-    return Planned(name, cell, training, part(["scores", "task", "encoder"], training), probe)
+    return Planned(name, folder, cell, training, part(["scores", "task", "encoder"], training), probe)
 
 
 def _hash(*parts: Any) -> str:
@@ -380,7 +391,7 @@ def _fingerprint(path: str) -> str:
             while block := file.read(2**24):
                 found.update(block)
     else:
-        for root, folders, files in os.walk(path):
+        for root, folders, files in os.walk(path, followlinks=True):
             folders.sort()
             for name in sorted(files):
                 place = Path(root, name)

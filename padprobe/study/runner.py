@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser
 from torch import nn
 from torch.utils.data import Dataset
@@ -28,7 +29,7 @@ from padprobe.results import Results, write_text
 from padprobe.stages import find_stages, paper_stages, stage_shapes
 from padprobe.stimuli import Images, load_images
 from padprobe.study.estimate import seconds_to_run
-from padprobe.study.folder import load_results, readouts_left, save_part, scores_folder, write_plan
+from padprobe.study.folder import error_log, load_results, readouts_left, save_part, scores_folder, write_plan
 from padprobe.study.plan import Cell, Planned, Study
 from padprobe.study.training import build, score, trained
 
@@ -64,7 +65,7 @@ def run_study(study: Study, out: str | Path, progress: Progress, say: Say) -> tu
         for planned in todo:
             progress(f"checking {planned.name}", 0, 1)
             try:
-                _check(planned.cell, out / "cells" / planned.name)
+                _check(planned.cell, out / "cells" / planned.folder)
             except OSError as error:  # weights that cannot be fetched: the others need not wait
                 failed.append(planned)
                 _tell(planned, out, error, say)
@@ -72,31 +73,35 @@ def run_study(study: Study, out: str | Path, progress: Progress, say: Say) -> tu
                 raise ValueError(f"encoder {planned.name!r}: {error}") from error
         for i, planned in enumerate(study.chosen):
             place = f"{i + 1}/{len(study.chosen)} {planned.name}"
+            log = error_log(planned, out)
+            log.parent.mkdir(parents=True, exist_ok=True)
             if planned in failed:
                 continue
-            if planned in todo:
-                try:
-                    _run(planned, out, functools.partial(_at, place, progress))
-                except Exception as error:
-                    failed.append(planned)
-                    _tell(planned, out, error, say)
-                    continue
-            _log(planned, out).unlink(missing_ok=True)
-            say(f"{place}: done" + (" before" if planned not in todo else ""))
+            try:
+                with FileLock(log.with_name("lock"), timeout=0):  # released where its process ends, however it does
+                    before = _done(planned, out)
+                    if not before:
+                        _run(planned, out, functools.partial(_at, place, progress))
+            except Timeout:
+                say(f"{place}: left to another process, which runs it")
+                continue
+            except Exception as error:
+                failed.append(planned)
+                _tell(planned, out, error, say)
+                continue
+            log.unlink(missing_ok=True)
+            say(f"{place}: done" + " before" * before)
     results = load_results(out)
     results.save(out)
     return results, len(failed)
 
 
-def _log(planned: Planned, out: Path) -> Path:
-    return out / "cells" / planned.name / "error.log"
-
-
 def _tell(planned: Planned, out: Path, error: Exception, say: Say) -> None:
     """Writes down why a cell failed; called where its exception is handled."""
-    _log(planned, out).parent.mkdir(parents=True, exist_ok=True)
-    write_text(_log(planned, out), traceback.format_exc())
-    say(f"{planned.name}: FAILED: {error} (see {_log(planned, out)})")
+    log = error_log(planned, out)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    write_text(log, traceback.format_exc())
+    say(f"{planned.name}: FAILED: {error} (see {log})")
 
 
 def _at(place: str, progress: Progress, what: str, done: int, total: int) -> None:
@@ -163,12 +168,12 @@ def _run(planned: Planned, out: Path, progress: Progress) -> None:
     labels: dict[str, Any] = {
         "run": planned.name,
         "encoder": cell.encoder,
-        "weights": "trained" if cell.fit else Path(cell.weights).stem,
+        "weights": "trained" if cell.fit or cell.encoder.endswith(".ckpt") else Path(cell.weights).stem,
         "task": cell.task,
         "seed": cell.seeds[0],
     }
     if cell.fit:
-        folder = out / "cells" / planned.name / f"training-{planned.training_key}"
+        folder = out / "cells" / planned.folder / f"training-{planned.training_key}"
         model = trained(cell, folder, progress)
         encoder: nn.Module = model.get_submodule(find_encoder(model))
         labels["padding"] = padding_of(encoder)
@@ -237,7 +242,7 @@ def dry_run(study: Study, out: str | Path) -> Iterator[str]:
                 yield f"{planned.name}: done before"
                 continue
             cell = planned.cell
-            encoder = _check(cell, Path(out) / "cells" / planned.name)
+            encoder = _check(cell, Path(out) / "cells" / planned.folder)
             train, *test = (len(_images(*given)) for given in _given(cell))
             seconds = seconds_to_run(
                 cell, readouts_left(planned, Path(out)), _layers(cell, encoder), (train, sum(test))

@@ -69,6 +69,7 @@ def trained(cell: Cell, folder: Path, progress: Progress) -> LightningModule:
 
     The weights are kept in ``folder``; a training that was killed goes on from the last epoch that it finished.
     """
+    folder = folder.resolve()  # a ModelCheckpoint forgets what was best where its folder's name has changed
     record, last = folder / "trained.json", folder / "resume.ckpt"
     if not record.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def trained(cell: Cell, folder: Path, progress: Progress) -> LightningModule:
         keep = _Resume(folder, last.stem, save_on_train_epoch_end=True, enable_version_counter=False)
         cli = build(cell, folder, callbacks=[_Steps(progress), keep])
         for callback in cli.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if isinstance(callback, ModelCheckpoint):
                 callback.dirpath = str(folder)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(last) if last.is_file() else None)
         best = next(path for c in cli.trainer.checkpoint_callbacks if (path := c.best_model_path))  # type: ignore[attr-defined]
@@ -110,9 +111,12 @@ def score(model: LightningModule, cell: Cell, folder: Path, labels: dict[str, An
 
 
 def _trajectory(log: Path, labels: dict[str, Any]) -> pd.DataFrame:
-    """What was logged on validation. A training that was killed has logged its last steps twice, alike."""
+    """What was logged on validation. A training that was killed has logged its last steps twice."""
     parts = sorted(log.glob("metrics-*.csv"), key=lambda path: int(path.stem.split("-")[1]))
-    logged = pd.concat([pd.read_csv(path) for path in [*parts, log / "metrics.csv"] if path.stat().st_size])
+    found = [pd.read_csv(path) for path in [*parts, *log.glob("metrics.csv")] if path.stat().st_size]
+    if not found:
+        return pd.DataFrame(columns=list(TRAJECTORY))
+    logged = pd.concat(found)
     keys = [key for key in map(str, logged) if key.startswith("val/") and key != "val/loss"]
     keys += [key for key in map(str, logged) if key.startswith("position/") and key.count("/") == 2]  # not each stage
     points = logged.melt(id_vars="step", value_vars=keys).dropna(subset="value")

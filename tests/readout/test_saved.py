@@ -40,6 +40,15 @@ def test_saved_readouts_score_an_encoder_as_they_did_when_they_were_trained(tmp_
     assert again.maps.keys() == trained.maps.keys()
 
 
+def test_they_read_the_layers_that_they_were_trained_on(tmp_path):
+    path = tmp_path / "readouts.safetensors"
+    trained = probe(small(), path, stages=["1", "3"], save_to=path)
+    default = probe(small(), path, stages=["0", "3"], save_to=tmp_path / "other.safetensors")
+    again = probe(small(), path, readouts=path)
+    assert again.rows.equals(trained.rows)
+    assert not again.rows.equals(default.rows)
+
+
 def test_they_score_another_network_of_the_same_architecture_without_training(tmp_path):
     path = tmp_path / "readouts.safetensors"
     trained = probe(small(), path, save_to=path)

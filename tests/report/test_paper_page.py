@@ -56,6 +56,24 @@ def test_each_value_stands_beside_the_papers_with_its_difference_and_interval(pa
     )
 
 
+def test_a_run_on_other_images_does_not_stand_beside_the_papers_number(tmp_path):
+    other = measured("zeros")
+    other.rows["run"] = "vgg16-shown-more"
+    other.rows["stimulus"] += " (404 px)"
+    fewer = measured("zeros")
+    fewer.rows["run"] = "vgg16-few"
+    fewer.rows["n"] = 1
+    for rows in (other.rows, fewer.rows):
+        rows["value"] -= 0.5
+    write_report(Results.join([fewer, measured("zeros"), other]), tmp_path)
+    page = (tmp_path / "paper.md").read_text()
+    page = page.split("On images without content")[0] + page.split("On images without content")[1].split("## ", 1)[1]
+    for title, label in (("Table 1", "VGG16, ImageNet"), ("Table 4", "VGG16, zeros"), ("Table 2b", "VGG, 3 kernel")):
+        assert table(page, title)["H", label][0].startswith("**.740**"), title
+    assert table(page, "Table 1")["H", "PosENet (the image alone)"][0].startswith("**.040**")
+    assert "404" not in page.split("## 2.")[0]
+
+
 def test_the_reading_counts_what_agrees_and_names_what_does_not(page):
     reading = page.split("## 2.")[0]
     count = re.search(r"Of (\d+) values of SPC that the paper has too, (\d+) are within", reading)

@@ -33,6 +33,7 @@ def of(name):
         (lambda s: of("sod-valid")(s).update(readouts=[{"kernel_size": 1}]), set()),
         (lambda s: of("untrained-valid")(s).update(padding="zeros"), set()),
         (lambda s: s.update(anchors={"some": "thing"}), set()),
+        (lambda s: s.update(readouts=[{"kernel_size": 7}]), set()),
         (lambda s: s.update(limit_test=4), {"probe"}),
         (lambda s: s["test"].update(white="white"), {"probe"}),
         (lambda s: of("sod-valid")(s)["scores"].update(more={}), {"scores"}),
@@ -191,3 +192,55 @@ def test_the_papers_studies_are_valid_at_every_scale(data):
         assert {planned.name: planned.probe_key for planned in part.cells}.items() <= keyed.items()
     vgg16 = next(planned.cell for planned in found.cells if planned.name == "vgg16")
     assert len(vgg16.readouts) == 6
+
+
+def test_options_for_all_hold_for_every_encoder_that_has_no_own(study):
+    edit(study, lambda s: s["encoders"]["sod-valid"].update(readouts=[{"kernel_size": 5}]))
+    found = cells(study, changes=["readouts=[{kernel_size: 7}]"])
+    kernels = {name: [readout.kernel_size for readout in planned.cell.readouts] for name, planned in found.items()}
+    assert kernels == {"untrained-valid": [7], "sod-valid": [5]}
+
+
+def test_a_change_of_one_encoder_changes_no_other(tmp_path):
+    text = """
+    anchors: {valid: &valid {model.init_args.encoder_padding: valid}, fit: &fit {fit: fit.yaml, overrides: *valid}}
+    encoders: {a: *fit, b: {fit: fit.yaml, overrides: *valid}, c: *fit}
+    """
+    (tmp_path / "study.yaml").write_text(text)
+    found = cells(tmp_path / "study.yaml", changes=["encoders.a.overrides.trainer.max_epochs=1", "encoders.c.task=SS"])
+    assert [planned.cell.overrides for planned in found.values()] == [
+        {"model.init_args.encoder_padding": "valid", "trainer.max_epochs": 1},
+        *[{"model.init_args.encoder_padding": "valid"}] * 2,
+    ]
+    assert [planned.cell.task for planned in found.values()] == ["", "", "SS"]
+
+
+def test_a_path_of_the_studys_data_holds_for_its_trainings_too(study, tmp_path, monkeypatch):
+    monkeypatch.delenv("PADPROBE_DATA", raising=False)
+    (tmp_path / "elsewhere" / "train").mkdir(parents=True)
+    fit = yaml.safe_load((tmp_path / "fit.yaml").read_text())
+    fit["data"]["init_args"]["root"] = "$PADPROBE_DATA/ABC/train"
+    write(tmp_path / "fit.yaml", fit)
+    edit(study, lambda s: s.update(data={"ABC": {"path": "$PADPROBE_DATA/ABC"}}))
+    assert "sod-valid" not in cells(study)
+    found = cells(study, changes=[f"data.ABC.path={tmp_path}/elsewhere"])
+    assert found["sod-valid"].cell.overrides["data.init_args.root"] == f"{tmp_path}/elsewhere/train"
+
+
+def test_a_training_is_the_same_however_many_seeds_stand_beside_its_own(study):
+    alone = cells(study)["sod-valid"]
+    beside = cells(study, changes=["seeds=[0, 1]"])["sod-valid-seed0"]
+    assert (alone.folder, alone.training_key, alone.probe_key) == (
+        beside.folder,
+        beside.training_key,
+        beside.probe_key,
+    )
+
+
+def test_weights_say_what_is_untrained(study):
+    def more(s):
+        s["encoders"]["loaded"] = {"encoder": "torchvision:vgg16", "weights": "IMAGENET1K_V1"}
+
+    found = cells(edit(study, more))
+    tasks = {name: planned.cell.task for name, planned in found.items()}
+    assert tasks == {"untrained-valid": "untrained", "sod-valid": "SOD", "loaded": ""}

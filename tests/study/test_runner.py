@@ -8,6 +8,8 @@ from urllib.error import URLError
 
 import pandas as pd
 import pytest
+import yaml
+from filelock import FileLock
 
 from padprobe.encoders import load_encoder
 from padprobe.results import Results
@@ -15,7 +17,7 @@ from padprobe.study import runner
 from padprobe.study.folder import load_results
 from padprobe.study.plan import read_study
 from padprobe.study.runner import dry_run, print_commands
-from tests.study.conftest import edit, run
+from tests.study.conftest import edit, run, write
 
 
 def test_a_study_trains_probes_scores_and_runs_each_cell_once(study, tmp_path):
@@ -77,6 +79,82 @@ def test_a_change_reruns_only_what_it_changes(study, tmp_path, monkeypatch):
     assert first.trajectory.equals(fewer.trajectory)
 
 
+def test_a_readout_that_is_added_leaves_the_first_ones_maps_and_profile(study, tmp_path):
+    def readouts(*given):
+        def change(s):
+            s["encoders"] = {"untrained-valid": {**s["encoders"]["untrained-valid"], "readouts": list(given)}}
+
+        return change
+
+    out = tmp_path / "out"
+    first, _, _ = run(edit(study, readouts({})), out)
+    more, _, _ = run(edit(study, readouts({}, {"kernel_size": 1})), out)
+    assert all((more.maps[key] == first.maps[key]).all() for key in first.maps)
+    pd.testing.assert_frame_equal(more.profile, first.profile)
+    other, _, _ = run(edit(study, readouts({"kernel_size": 1}, {})), out)  # now the other one is the headline
+    fresh, _, _ = run(study, tmp_path / "fresh")
+    assert any((other.maps[key] != first.maps[key]).any() for key in first.maps)
+    assert all((other.maps[key] == fresh.maps[key]).all() for key in fresh.maps)
+    pd.testing.assert_frame_equal(other.profile, fresh.profile)
+
+
+def test_studies_that_share_a_folder_are_joined(study, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.yaml"
+    content = yaml.safe_load(study.read_text())
+    write(other, {**content, "encoders": {"untrained-valid": content["encoders"]["untrained-valid"]}})
+    edit(other, lambda s: s["encoders"]["untrained-valid"].update(readouts=[{}, {"kernel_size": 1}]))
+    edit(study, lambda s: s["encoders"].pop("sod-valid"))
+    edit(study, lambda s: s["encoders"].update({"b": {**s["encoders"]["untrained-valid"], "padding": "zeros"}}))
+    run(study, out)
+    both, _, said = run(other, out)
+    assert said == ["1/1 untrained-valid: done"]
+    assert set(both.rows.run) == {"untrained-valid", "b"}
+    again, _, _ = run(study, out)  # of a cell that both have, the readouts of both
+    assert set(again.rows.kernel_size.dropna()) == {1, 3}
+    # one cell at another scale leaves the others what they are
+    scaled, _, _ = run(study, out, only=["b"], changes=["limit_train=10"])
+    assert set(scaled.rows.run) == {"untrained-valid", "b"}
+    assert not (scaled.notes.kind == "missing").any()
+    assert run([study, other], tmp_path / "new")[2] == ["1/2 untrained-valid: done", "2/2 b: done"]
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(study, tmp_path):
+    lock = tmp_path / "out" / "cells" / "untrained-valid-seed0" / "lock"
+    lock.parent.mkdir(parents=True)
+    edit(study, lambda s: s["encoders"].pop("sod-valid"))
+    with FileLock(lock):
+        results, failed, said = run(study, tmp_path / "out")
+    assert (len(results.rows), failed) == (0, 0)
+    assert said == ["1/1 untrained-valid: left to another process, which runs it"]
+    assert run(study, tmp_path / "out")[2] == ["1/1 untrained-valid: done"]
+
+
+def test_a_training_that_was_killed_before_it_was_recorded_is_scored(study, tmp_path):
+    out = tmp_path / "out"
+    whole, _, _ = run(study, out)
+    (record,) = out.glob("cells/*/*/trained.json")
+    record.unlink()
+    edit(study, lambda s: s["encoders"]["sod-valid"].update(scores={"again": {}}))
+    again, failed, _ = run(study, out)
+    assert failed == 0
+    assert again.trajectory.equals(whole.trajectory)
+
+
+def test_an_encoder_from_a_checkpoint_is_trained(study, tmp_path):
+    run(study, tmp_path / "out")
+    (checkpoint,) = tmp_path.glob("out/cells/*/*/resume.ckpt")
+
+    def probe_it(s):
+        s["encoders"] = {"again": {"encoder": str(checkpoint)}, "sod-valid": s["encoders"]["sod-valid"]}
+
+    rows = run(edit(study, probe_it), tmp_path / "out")[0].rows
+    rows = rows[(rows.metric == "spc") & (rows.stimulus == "scenes")]
+    assert set(rows.weights) == {"trained"}
+    assert not (rows.task == "untrained").any()
+    one, other = (rows[rows.run == name].value.tolist() for name in ("again", "sod-valid"))
+    assert one == other
+
+
 def spy(calls, name, function):
     def called(*args, **kwargs):
         calls.append((name, kwargs))
@@ -97,7 +175,7 @@ def test_the_best_weights_are_scored_and_probed_where_the_config_says_what_is_be
     out = tmp_path / "out"
     best, failed, _ = run(edit(study, keep_the_first), out)
     assert failed == 0
-    (record,) = out.glob("cells/sod-valid/training-*/trained.json")
+    (record,) = out.glob("cells/sod-valid-seed0/training-*/trained.json")
     assert json.loads(record.read_text()) == {"weights": "best.ckpt"}
     edit(study, lambda s: s["encoders"]["sod-valid"]["overrides"].update({"trainer.callbacks": []}))
     last, _, _ = run(study, out)
@@ -174,7 +252,7 @@ def test_a_study_that_is_killed_again_and_again_ends_as_one_that_is_not(study, t
     assert process.returncode == 0
     for name in ("untrained-valid", "sod-valid"):
         assert said.count(f"{name}: done\n") <= 1
-        (probe,) = (tmp_path / "killed" / "cells" / name).glob("probe-*")
+        (probe,) = (tmp_path / "killed" / "cells" / f"{name}-seed0").glob("probe-*")
         assert len(list(probe.glob("*/results.csv"))) == 1
     for file in ("results.csv", "trajectory.csv", "profile.csv"):
         assert (tmp_path / "killed" / file).read_text() == (tmp_path / "whole" / file).read_text()
@@ -195,9 +273,9 @@ def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
     results, failed, said = run(edit(study, fail), out)
     assert failed == 1
     assert "FAILED" in said[0]
-    assert "nothing" in (out / "cells" / "sod-valid" / "error.log").read_text()
+    assert "nothing" in (out / "cells" / "sod-valid-seed0" / "error.log").read_text()
     assert set(results.rows.run) == {"untrained-valid"}
-    assert not (out / "cells" / "sod-valid" / "results.csv").exists()
+    assert not (out / "cells" / "sod-valid-seed0" / "results.csv").exists()
 
 
 def test_weights_that_cannot_be_fetched_fail_their_own_cell_alone(study, tmp_path, monkeypatch):
