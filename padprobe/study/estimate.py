@@ -15,6 +15,7 @@ from padprobe.encoders import find_encoder, load_encoder
 from padprobe.padding import as_built
 from padprobe.readout.posenet import PosENet, make_optimizer
 from padprobe.readout.variants import Readout, with_controls
+from padprobe.scores import score_maps, standard_ranks
 from padprobe.stages import context_size, stage_shapes
 from padprobe.study.plan import Cell
 from padprobe.study.training import build
@@ -58,13 +59,13 @@ def seconds_to_run(cell: Cell, readouts: list[Readout], layers: list[str], image
             each += _of_pass(encoder, shown, device)
     widths = [channels for channels, _, _ in stage_shapes(encoder, layers, cell.image_size)]
     names = [f"f{i + 1}" for i in range(len(layers))]
-    made = sum(
-        _of_step(cell, readout, _width(readout, dict(zip(names, widths, strict=True))), device)
-        for readout in with_controls(readouts, names)
-    )
+    variants = with_controls(readouts, names)
+    width = dict(zip(names, widths, strict=True))
+    made = sum(_of_step(cell, readout, _width(readout, width), device) for readout in variants)
+    scored = len(variants) * _of_score(cell, device)
     train, test = images
     runs = (1 + cell.context) * len(cell.seeds)
-    return seconds + each * (train + test) + runs * made * (train * cell.epochs + test / 3)
+    return seconds + each * (train + test) + runs * (made * train * cell.epochs + scored * test)
 
 
 class _Steps(Callback):
@@ -96,6 +97,13 @@ def _of_step(cell: Cell, readout: Readout, width: int, device: torch.device) -> 
         optimizer.step()
 
     return _timed(step, device)
+
+
+def _of_score(cell: Cell, device: torch.device) -> float:
+    """Seconds an image of a readout's scores."""
+    maps = torch.rand(2 * len(cell.targets), cell.image_size, cell.image_size, device=device)
+    ranks = standard_ranks(maps)
+    return _timed(lambda: score_maps(torch.rand(_BATCH, *maps.shape, device=device), maps, ranks), device)
 
 
 def _timed(step: Any, device: torch.device) -> float:
