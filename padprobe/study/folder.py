@@ -88,7 +88,7 @@ def write_plan(study: Study, out: Path) -> None:
             "scores": str(scores_folder(planned, Path())) if planned.cell.fit else None,
             "probe": str(_probe_folder(planned, Path())),
             "log": str(error_log(planned, Path())),
-            "how": _how(planned.cell),
+            "how": _how(planned),
             "readouts": [dataclasses.asdict(readout) for readout in planned.cell.readouts],
         }
         if planned not in study.chosen:
@@ -96,15 +96,16 @@ def write_plan(study: Study, out: Path) -> None:
     write_text(place, json.dumps({"cells": cells, "missing": study.missing}, indent=1))
 
 
-def _how(cell: Cell) -> str:
+def _how(planned: Planned) -> str:
     """What a reader of the results needs to know of a cell, in words."""
+    cell = planned.cell
     words = [f"{cell.image_size} px", f"{cell.limit_train or 'all'} images to train readouts on"]
     usual = Cell()
     for option in ("grid", "epochs", "batch_size", "stages"):
         if getattr(cell, option) != getattr(usual, option):
             words.append(f"{option} {getattr(cell, option)}")
     if cell.fit:
-        words.append(", ".join([f"trained by {cell.fit}", *(f"{k}={v}" for k, v in cell.overrides.items())]))
+        words.append(", ".join([f"trained by {cell.fit}", *(f"{k}={v}" for k, v in planned.overrides.items())]))
     return "; ".join(words)
 
 

@@ -105,6 +105,7 @@ class Planned:
         name: the encoder's, followed by the seed where it has several.
         folder: of all that it leaves; the same however many seeds stand beside its own.
         cell: what to run.
+        overrides: of its training, as they are written.
         training_key, scores_key, probe_key: hashes of all that determines the weights, the task's scores, and the
             measurements of any one readout.
     """
@@ -112,6 +113,7 @@ class Planned:
     name: str
     folder: str
     cell: Cell
+    overrides: dict[str, Any]
     training_key: str
     scores_key: str
     probe_key: str
@@ -266,14 +268,15 @@ def _plan(study: str, tree: dict[str, Any], written: dict[str, str], only: list[
             cell = _typed(Cell, _fill(one, sources), f"encoder {name!r}")
             cell.readouts = [_typed(Readout, r, f"readout of encoder {name!r}") for r in one.get("readouts", [{}])]
             folder = f"{name}-seed{chosen[0]}" if apart else name
-            cells.append(_keyed(folder if len(seeds) > 1 else name, folder, cell, one, sources))
+            full = folder if len(seeds) > 1 else name
+            cells.append(Planned(full, folder, cell, own.get("overrides", {}), *_keys(cell, one, sources)))
     names = [planned.name for planned in cells]
     for pattern in only:
         if not fnmatch.filter(names, pattern):
             check_name(pattern, [*names, *(n for rows in waiting.values() for n in rows)], "cell")
     chosen_names = {name for pattern in only or ["*"] for name in fnmatch.filter(names, pattern)}
     missing = {
-        name: f"{sources[name].what or name} ({sources[name].place}"
+        name: f"{sources[name].what or name} ({sources[name].path}"
         + (f"; {sources[name].published})" if sources[name].published else ")")
         + f": {', '.join(rows)}"
         for name, rows in waiting.items()
@@ -361,8 +364,8 @@ def _fill(value: Any, sources: dict[str, Source]) -> Any:
     return copy.copy(value)
 
 
-def _keyed(name: str, folder: str, cell: Cell, raw: dict[str, Any], sources: dict[str, Source]) -> Planned:
-    """A cell with its keys: hashes of its options as they are written, of its config and of the files it reads."""
+def _keys(cell: Cell, raw: dict[str, Any], sources: dict[str, Source]) -> tuple[str, str, str]:
+    """A cell's keys: hashes of its options as they are written, of its config and of the files it reads."""
     complete = {option: raw.get(option, getattr(cell, option)) for option in _OPTIONS}
 
     def part(options: Iterable[str], *more: Any) -> str:
@@ -375,7 +378,7 @@ def _keyed(name: str, folder: str, cell: Cell, raw: dict[str, Any], sources: dic
 
     training = part(_TRAINING) if cell.fit else ""
     probe = part([option for option in _OPTIONS if option not in (*_TRAINING, *_FREE)], cell.seeds, training)
-    return Planned(name, folder, cell, training, part(["scores", "task", "encoder"], training), probe)
+    return training, part(["scores", "task", "encoder"], training), probe
 
 
 def _hash(*parts: Any) -> str:

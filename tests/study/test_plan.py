@@ -97,10 +97,10 @@ def test_what_is_missing_is_listed_once_with_the_rows_that_wait_for_it_and_the_r
     assert all(set(planned.cell.test) == {"scenes", "black"} for planned in found.cells)
     assert set(found.cells[1].cell.scores) == {"scenes"}
     abc = found.missing["ABC"]
-    assert abc.startswith(f"ABC, 5 images ({tmp_path / 'nowhere' / 'ABC'}; http://a.b): ")
+    assert abc.startswith("ABC, 5 images ($PADPROBE_DATA/ABC; http://a.b): ")
     rows = ["untrained-valid on abc", "sod-valid on abc", "sod-valid on on ABC", "trained on abc", "fitted on abc"]
     assert abc.split("): ")[1].split(", ") == [*rows, "fitted", "replaced on abc"]
-    assert found.missing["W"] == f"W ({tmp_path / 'nowhere' / 'w.pth'}): trained"
+    assert found.missing["W"] == "W ($PADPROBE_DATA/w.pth): trained"
 
 
 def test_studies_include_others_and_share_their_encoders(study, tmp_path):
