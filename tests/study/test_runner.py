@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.error import URLError
 
 import pandas as pd
@@ -328,6 +329,12 @@ def test_bad_studies_are_named_before_anything_runs(study, tmp_path, change, mes
     with pytest.raises(ValueError, match=message):
         run(edit(study, change), tmp_path / "out")
     assert not list((tmp_path / "out").glob("cells/*/results.csv"))
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/study").rglob("*.yaml")), ids=str)
+def test_every_study_can_be_read(path):
+    if "encoders" in path.read_text() or "include" in path.read_text():
+        assert read_study(path).name == path.stem
 
 
 def test_the_quick_study_is_valid_and_names_all_its_cells():
