@@ -143,7 +143,7 @@ def probe_encoder(
     fabric = fabric or Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
     if saved and stages == "auto" and set(saved.layers) <= {name for name, _ in encoder.named_modules()}:
         stages = saved.layers  # the same layers, where the network calls them so
-    layers = _layers(encoder, stages, image_size)
+    layers = choose_layers(encoder, stages, image_size)
     shown, sides = context_size(encoder, image_size, layers) if context else (image_size, None)
     assert not isinstance(readouts, (str, Path))
     plan = _plan(readouts, layers, targets, image_size, grid, epochs, batch_size, seeds, selectivity)
@@ -271,7 +271,8 @@ def _deltas(main: Measured, twins: list[Measured], labels: dict[str, Any]) -> Re
     return Results(pd.DataFrame(rows).reindex(columns=list(COLUMNS)))
 
 
-def _layers(encoder: nn.Module, stages: str | Sequence[str], image_size: int) -> list[str]:
+def choose_layers(encoder: nn.Module, stages: str | Sequence[str], image_size: int) -> list[str]:
+    """The names of the stages f1..fn, see ``stages`` of :func:`probe_encoder`."""
     if not isinstance(stages, str):
         return list(stages)
     if stages not in ("auto", "paper"):

@@ -91,6 +91,11 @@ class Cell:
     cache_gb: float = 8.0
 
 
+PROBE = (
+    *("seeds", "targets", "image_size", "stages", "grid", "epochs", "batch_size", "context"),
+    *("limit_train", "limit_test", "num_workers", "cache_gb"),
+)
+"""The options that are :func:`~padprobe.probe_encoder`'s own."""
 _OPTIONS = [option.name for option in dataclasses.fields(Cell)]
 _NESTED = ("readouts", "train", "test", "overrides", "scores")  # what may hold a class_path, or is checked apart
 _TRAINING = ("fit", "overrides", "seeds")

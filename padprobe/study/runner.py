@@ -24,13 +24,13 @@ from padprobe.callback import PositionProbeCallback
 from padprobe.encoders import find_encoder, load_encoder
 from padprobe.features import Progress
 from padprobe.maps import position_maps
-from padprobe.probing import padding_of, probe_encoder
+from padprobe.probing import choose_layers, padding_of, probe_encoder
 from padprobe.results import Results, write_text
-from padprobe.stages import find_stages, paper_stages, stage_shapes
+from padprobe.stages import stage_shapes
 from padprobe.stimuli import Images, load_images
 from padprobe.study.estimate import seconds_to_run
 from padprobe.study.folder import error_log, load_results, readouts_left, save_part, scores_folder, write_plan
-from padprobe.study.plan import Cell, Planned, Study
+from padprobe.study.plan import PROBE, Cell, Planned, Study
 from padprobe.study.training import build, score, trained
 
 Say = Callable[[str], None]
@@ -131,7 +131,7 @@ def _check(cell: Cell, folder: Path) -> nn.Module:
                 callback.resolve(cli.model)
     else:
         encoder = load_encoder(cell.encoder, cell.weights, cell.padding, cell.seeds[0], cell.options)
-    stage_shapes(encoder, _layers(cell, encoder), cell.image_size)
+    stage_shapes(encoder, choose_layers(encoder, cell.stages, cell.image_size), cell.image_size)
     position_maps(cell.image_size, cell.targets)
     for given in _given(cell):
         _images(*given)
@@ -191,30 +191,13 @@ def _run(planned: Planned, out: Path, progress: Progress) -> None:
             _source(json.dumps(cell.train)),
             {name: _source(json.dumps(source)) for name, source in cell.test.items()},
             readouts=readouts,
-            seeds=cell.seeds,
             untrained=0,  # a study lists its own
-            stages=cell.stages,
-            targets=cell.targets,
-            image_size=cell.image_size,
-            grid=cell.grid,
-            epochs=cell.epochs,
-            batch_size=cell.batch_size,
-            context=cell.context,
-            limit_train=cell.limit_train,
-            limit_test=cell.limit_test,
-            num_workers=cell.num_workers,
-            cache_gb=cell.cache_gb,
+            **{option: getattr(cell, option) for option in PROBE},
             cache_dir=out,
             labels=labels,
             progress=progress,
         )
         save_part(results, planned, out, readouts, time.perf_counter() - begun)
-
-
-def _layers(cell: Cell, encoder: nn.Module) -> list[str]:
-    if isinstance(cell.stages, list):
-        return cell.stages
-    return (paper_stages if cell.stages == "paper" else find_stages)(encoder, cell.image_size)
 
 
 def print_commands(study: Study, out: str | Path, options: Sequence[str]) -> Iterator[str]:
@@ -241,12 +224,15 @@ def dry_run(study: Study, out: str | Path) -> Iterator[str]:
             if _done(planned, Path(out)):
                 yield f"{planned.name}: done before"
                 continue
-            cell = planned.cell
-            encoder = _check(cell, Path(out) / "cells" / planned.folder)
+            cell, left = planned.cell, readouts_left(planned, Path(out))
+            try:
+                encoder = _check(cell, Path(out) / "cells" / planned.folder)
+            except (OSError, ValueError) as error:
+                yield f"{planned.name}: cannot run: {error}"
+                continue
+            layers = choose_layers(encoder, cell.stages, cell.image_size)
             train, *test = (len(_images(*given)) for given in _given(cell))
-            seconds = seconds_to_run(
-                cell, readouts_left(planned, Path(out)), _layers(cell, encoder), (train, sum(test))
-            )
+            seconds = seconds_to_run(cell, left, layers, (train, sum(test)))
             total += seconds
             yield f"{planned.name}: about {_duration(seconds)}"
     yield f"in all about {_duration(total)}"

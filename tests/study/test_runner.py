@@ -291,7 +291,10 @@ def test_weights_that_cannot_be_fetched_fail_their_own_cell_alone(study, tmp_pat
         del s["encoders"]["sod-valid"]
         s["encoders"] = {"far": {"encoder": "torchvision:vgg11", "weights": "IMAGENET1K_V1"}, **s["encoders"]}
 
-    results, failed, said = run(edit(study, need_network), tmp_path / "out")
+    lines = list(dry_run(read_study(edit(study, need_network)), tmp_path / "out"))
+    assert lines[0] == "far: cannot run: <urlopen error no network>"
+    assert lines[1].startswith("untrained-valid: about")
+    results, failed, said = run(study, tmp_path / "out")
     assert failed == 1
     assert said[0].startswith("far: FAILED: <urlopen error no network>")
     assert set(results.rows.run) == {"untrained-valid"}
