@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from padprobe.stages import center_crop
 from tasks.data.files import Sample, check_samples, read_image
-from tasks.data.order import ShuffleByEpoch
+from tasks.data.order import ShuffleByEpoch, seed_of
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
 
@@ -35,9 +35,11 @@ class DenseDataset(Dataset[dict[str, Any]]):
         key: ``"mask"`` or ``"labels"``.
         image_size: S in pixels.
         context: pixels that the image shows beyond each side of what is labelled.
-        augment: albumentations transforms, drawn anew for every item from torch's random state.
+        augment: albumentations transforms, drawn anew for every item: from seed, epoch and index, so that a resumed
+            training draws what it would have drawn; from torch's random state where nobody sets ``epoch`` (it is -1).
         normalize: whether to subtract ImageNet's mean and divide by its standard deviation; else in [0, 1].
         blind: leave the images out: label maps alone.
+        seed: of the augmentation.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class DenseDataset(Dataset[dict[str, Any]]):
         augment: Sequence[A.BasicTransform] = (),
         normalize: bool = False,
         blind: bool = False,
+        seed: int = 0,
     ) -> None:
-        self.samples, self.key, self.image_size, self.blind = list(samples), key, image_size, blind
+        self.samples, self.key, self.image_size, self.blind, self.seed = list(samples), key, image_size, blind, seed
+        self.epoch = torch.tensor(-1).share_memory_()
         size = image_size + 2 * context
         nearest = cv2.INTER_NEAREST_EXACT if key == "labels" else cv2.INTER_LINEAR
         mean, std = (MEAN, STD) if normalize else ((0, 0, 0), (1, 1, 1))
@@ -67,7 +71,9 @@ class DenseDataset(Dataset[dict[str, Any]]):
         truth = sample.read()
         image = np.zeros((*truth.shape, 3), np.uint8) if self.blind else read_image(sample.image)
         if self.random:
-            self.transform.set_random_seed(int(torch.randint(2**31, ())))
+            epoch = int(self.epoch)
+            drawn = int(torch.randint(2**31, ())) if epoch < 0 else seed_of(self.seed, epoch, index)
+            self.transform.set_random_seed(drawn)
         done = self.transform(image=image, mask=truth)
         labels = center_crop(torch.from_numpy(done["mask"]), self.image_size)
         item = {self.key: labels.long() if self.key == "labels" else labels[None].float()}
@@ -89,7 +95,8 @@ class DenseData(LightningDataModule):
         normalize: whether to subtract ImageNet's mean and divide by its standard deviation; else in [0, 1].
         holdout: share of the training images to validate on, where the data set has no validation images of its own.
         check_files: whether to read every file before training, and refuse to start if one is bad.
-        seed: of samples, held-out images and the training order (of several processes: ``seed_everything``).
+        seed: of samples, held-out images, training order and augmentation (of several processes: the last two are
+            ``seed_everything``'s).
     """
 
     key: str
@@ -166,7 +173,8 @@ class DenseData(LightningDataModule):
 
     def dataset(self, split: str, augment: Sequence[A.BasicTransform] = (), blind: bool = False) -> DenseDataset:
         """A split's images and label maps."""
-        return DenseDataset(self.split(split), self.key, self.image_size, self.context, augment, self.normalize, blind)
+        options = (self.image_size, self.context, augment, self.normalize, blind, self.seed)
+        return DenseDataset(self.split(split), self.key, *options)
 
     def _loader(self, dataset: DenseDataset, **options: Any) -> DataLoader:
         persistent = self.num_workers > 0

@@ -42,12 +42,37 @@ def test_image_and_labels_go_through_the_same_geometry(folders, context):
     assert agree({"image": batch["image"].flip(-1), "labels": batch["labels"]}, context) < 0.5
 
 
-def test_augmentation_is_drawn_from_the_seed_in_every_worker(folders):
+def test_augmentation_is_drawn_from_seed_epoch_and_image_alone(folders):
+    """Whatever torch drew before, however many workers there are, and whether or not the training was resumed."""
+
+    def images(seed: int, workers: int, first: int = 0) -> list[torch.Tensor]:
+        flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
+        data = LabelFolders(folders, NAMES, image_size=8, batch_size=5, num_workers=workers, augment=flips, seed=seed)
+        loader = data.train_dataloader()
+        found = []
+        for epoch in range(first, 3):
+            loader.sampler.set_epoch(epoch)
+            found.append(torch.cat([batch["image"] for batch in loader]))
+        return found
+
+    def by_image(epoch: torch.Tensor) -> torch.Tensor:
+        return epoch[epoch.flatten(1).sum(1).argsort()]  # a flip does not change the sum
+
+    whole = images(0, 0)
+    for workers in (0, 2):
+        assert all(torch.equal(a, b) for a, b in zip(images(0, workers, 1), whole[1:], strict=True))
+    assert not torch.equal(by_image(whole[0]), by_image(whole[1]))
+    assert not torch.equal(by_image(whole[0]), by_image(images(1, 0)[0]))
+
+
+def test_augmentation_without_a_sampler_of_ours_is_drawn_from_torchs_seed(folders):
+    """As of several processes, where Lightning puts its own sampler."""
+
     def images(seed: int, workers: int) -> torch.Tensor:
         torch.manual_seed(seed)
         flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
-        data = LabelFolders(folders, NAMES, image_size=8, batch_size=5, num_workers=workers, augment=flips)
-        loader = data.train_dataloader()
+        dataset = LabelFolders(folders, NAMES, image_size=8).dataset("train", flips)
+        loader = torch.utils.data.DataLoader(dataset, 5, num_workers=workers)
         return torch.cat([batch["image"] for _ in range(2) for batch in loader])
 
     for workers in (0, 2):
