@@ -187,8 +187,7 @@ def _ablation(
     runs = own.groupby("group").agg(values=(column, "nunique"), n=("n", "max")).sort_values(["values", "n"])
     if runs.empty or runs["values"].iloc[-1] < 2:
         return None
-    # without delta: an untrained encoder was probed at this run's scale only where both are at the same
-    table = tables.position_table(own[own["group"] == runs.index[-1]]).assign(delta=float("nan"))
+    table = tables.position_table(own[own["group"] == runs.index[-1]])
 
     def of(alone: bool, value: int) -> Callable[[Row], bool]:
         return lambda row: (row["run"] == RGB) == alone and row[column] == value and row["stimulus"] == STIMULI[0]

@@ -80,9 +80,9 @@ def position_table(rows: pd.DataFrame) -> pd.DataFrame:
         Columns :data:`RUN`, :data:`READOUT`, ``stimulus, target, seeds, n, pair, pair_name``; ``spc`` with ``low`` and
         ``high`` (``spread`` "seeds": their range; "images": the 95% bootstrap interval over images);
         ``mae, nmae, constant`` (images with a constant prediction); ``selectivity`` (SPC minus that on permuted cells);
-        ``delta`` = SPC minus the SPC of the untrained encoder of the same architecture and padding, NaN where there is
-        none, with ``delta_low`` and ``delta_high`` where the probe measured it image by image; ``paper`` (the paper's
-        name of the network, or ""), ``paper_spc, paper_mae``. Padded stands before unpadded, the RGB control last.
+        ``delta`` = SPC minus the SPC of the untrained encoder of the same architecture and padding on as many images,
+        NaN where there is none, with ``delta_low`` and ``delta_high`` where the probe measured it image by image;
+        ``paper`` (the paper's name of the network, or ""), ``paper_spc, paper_mae``. Padded stands before unpadded, the RGB control last.
     """
     rows = rows[rows["target"] != ""].copy()
     rows["run"] = rows["group"]
@@ -94,7 +94,7 @@ def position_table(rows: pd.DataFrame) -> pd.DataFrame:
         means.columns = [metric, f"{metric}_low", f"{metric}_high"]
         table = table.merge(means.reset_index(), on=keys, how="left")
 
-    twin = ["encoder", "padding", *READOUT, "stimulus", "target"]
+    twin = ["encoder", "padding", *READOUT, "stimulus", "target", "n"]
     untrained = (table["weights"] == "untrained") & (table["encoder"] != "")
     control = table[untrained].groupby(twin)["spc"].mean().rename("control").reset_index()
     joined = table["spc"] - table.merge(control, on=twin, how="left")["control"].to_numpy()

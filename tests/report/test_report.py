@@ -83,6 +83,9 @@ def test_delta_is_against_the_untrained_encoder_of_the_same_padding_and_architec
     for run in ("untrained-zeros", "untrained-valid", "other-untrained-zeros", "other-ss-valid"):
         assert not [line for line in page.row(run)[h] if "Δ" in line]
     assert ".930 +.42" in main_table(more)
+    fewer = more.rows.copy()
+    fewer.loc[fewer["run"].eq("untrained-zeros") & fewer["n"].gt(1), "n"] = 20
+    assert "Δ" not in str(Page(write_report(Results(fewer), tmp_path)).row("sod-zeros")[h])
 
 
 def test_the_gap_is_padded_minus_unpadded_of_runs_that_differ_by_padding_alone(page):
