@@ -2,8 +2,8 @@
 
 python benchmarks/rgb_seeds.py --train DIR --test DIR [--limit-train 1000] [--limit-test 200] [--seeds 8]
 
-Trains the readout (kernel 3; padded by 0, 1 and 2) on the image alone from several initial weights, on the same images in
-the same order, and prints the lowest, the median and the highest SPC of H, V and G.
+Trains the readout (kernel 3; padded by 0, 1 and 2) on the image alone from several initial weights, on the same images
+in the same order, and prints the lowest, the median and the highest SPC of H, V and G.
 """
 
 import argparse
