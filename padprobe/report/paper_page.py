@@ -325,8 +325,8 @@ def _reading(pairs: list[Row], table: pd.DataFrame) -> Section:
         "What is known of the differences. MAE: the paper's stripes (HS, VS) look like targets on [-1, 1], ours are on "
         "[0, 1], so their MAE is not compared. f1 alone (table 3): the paper's readout seems to sample the stage "
         "inside the border, ours at it (docs/ablations.md). PosENet: its 27 weights end where their start leads, so "
-        "one seed says little (padded by 1, eight seeds give G .12 to .35 and H -.00 to .28, docs/ablations.md). Black and "
-        "white are one image each, and our noise is not the authors' image."
+        "one seed says little (padded by 1, eight seeds give G .12 to .35 and H -.00 to .28, docs/ablations.md). Black "
+        "and white are one image each, and our noise is not the authors' image."
     ]
     known += _controls(table)
     return Section("Reading", "", parts, note="\n\n".join(known))

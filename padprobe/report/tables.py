@@ -82,7 +82,8 @@ def position_table(rows: pd.DataFrame) -> pd.DataFrame:
         ``mae, nmae, constant`` (images with a constant prediction); ``selectivity`` (SPC minus that on permuted cells);
         ``delta`` = SPC minus the SPC of the untrained encoder of the same architecture and padding on as many images,
         NaN where there is none, with ``delta_low`` and ``delta_high`` where the probe measured it image by image;
-        ``paper`` (the paper's name of the network, or ""), ``paper_spc, paper_mae``. Padded stands before unpadded, the RGB control last.
+        ``paper`` (the paper's name of the network, or ""), ``paper_spc, paper_mae``. Padded stands before unpadded, the
+        RGB control last.
     """
     rows = rows[rows["target"] != ""].copy()
     rows["run"] = rows["group"]
