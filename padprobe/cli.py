@@ -256,7 +256,7 @@ def _study(options: argparse.Namespace) -> int:
         results, failed = run_study(study, options.out, progress, say)
     if len(results.rows):
         _show(results, options.out)
-    return 1 if failed else 0
+    return 1 if failed or not study.chosen else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -208,6 +208,15 @@ def test_help_needs_no_torch():
         assert command in result.stdout
 
 
+def test_a_study_that_could_run_nothing_says_what_is_missing_and_fails(tmp_path, capsys):
+    config = tmp_path / "study.yaml"
+    data = {"W": {"path": str(tmp_path / "w.pth"), "what": "VGG16's weights", "published": "http://a.b"}}
+    encoders = {"vgg": {"encoder": "torchvision:vgg16", "weights": "${W}"}}
+    config.write_text(yaml.safe_dump({"data": data, "encoders": encoders}))
+    assert main(["study", str(config), "--only", "vgg", "--out", str(tmp_path / "out")]) == 1
+    assert "missing: VGG16's weights" in capsys.readouterr().err
+
+
 def test_every_option_of_the_callback_is_explained(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "configs/quick/ss.yaml", "--trainer.callbacks.help", "padprobe.PositionProbeCallback"])
