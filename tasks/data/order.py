@@ -18,13 +18,12 @@ class ShuffleByEpoch(RandomSampler):
     """A random order that depends on the seed and the epoch alone, so that a resumed training goes on with it.
 
     Lightning calls ``set_epoch``; of several processes it takes a DistributedSampler instead. A data set that draws has
-    a tensor ``epoch`` in shared memory, which this sets, so that persistent workers see it too.
+    a tensor ``epoch`` in shared memory, which this sets then, and not before, so that persistent workers see it too.
     """
 
     def __init__(self, dataset: Sized, seed: int) -> None:
-        super().__init__(dataset, generator=torch.Generator())
+        super().__init__(dataset, generator=torch.Generator().manual_seed(seed_of(seed, 0)))
         self.seed = seed
-        self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(seed_of(self.seed, epoch))

@@ -71,14 +71,15 @@ def test_augmentation_without_a_sampler_of_ours_is_drawn_from_torchs_seed(folder
     def images(seed: int, workers: int) -> torch.Tensor:
         torch.manual_seed(seed)
         flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
-        dataset = LabelFolders(folders, NAMES, image_size=8).dataset("train", flips)
-        loader = torch.utils.data.DataLoader(dataset, 5, num_workers=workers)
-        return torch.cat([batch["image"] for _ in range(2) for batch in loader])
+        ours = LabelFolders(folders, NAMES, image_size=8, batch_size=5, augment=flips).train_dataloader()
+        loader = torch.utils.data.DataLoader(ours.dataset, 5, num_workers=workers)
+        return torch.stack([torch.cat([batch["image"] for batch in loader]) for _ in range(2)])
 
     for workers in (0, 2):
         first = images(0, workers)
         assert torch.equal(first, images(0, workers))
         assert not torch.equal(first, images(1, workers))
+        assert not torch.equal(*first)  # each epoch draws anew
 
 
 def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(folders):
