@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from padprobe import PosENet, load_encoder
-from padprobe.features import FeatureCache
-from padprobe.readout.posenet import train_readouts
+from padprobe.probe.features import FeatureCache
+from padprobe.probe.train import train_readouts
 from padprobe.scores import score_maps
 from padprobe.stimuli import load_images
 

@@ -6,28 +6,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from padprobe.callback import PositionProbeCallback as PositionProbeCallback
-    from padprobe.encoders import load_encoder as load_encoder
+    from padprobe.callbacks.position_probe import PositionProbeCallback as PositionProbeCallback
     from padprobe.maps import position_maps as position_maps
-    from padprobe.padding import set_padding as set_padding
-    from padprobe.probing import probe_encoder as probe_encoder
+    from padprobe.network.encoders import load_encoder as load_encoder
+    from padprobe.network.padding import set_padding as set_padding
+    from padprobe.network.stages import find_stages as find_stages
+    from padprobe.probe.encoder import probe_encoder as probe_encoder
     from padprobe.readout.posenet import PosENet as PosENet
-    from padprobe.readout.variants import Readout as Readout
+    from padprobe.readout.spec import Readout as Readout
     from padprobe.scores import spearman as spearman
-    from padprobe.stages import find_stages as find_stages
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PositionProbeCallback": "padprobe.callback",
+    "PositionProbeCallback": "padprobe.callbacks.position_probe",
     "PosENet": "padprobe.readout.posenet",
-    "Readout": "padprobe.readout.variants",
-    "probe_encoder": "padprobe.probing",
+    "Readout": "padprobe.readout.spec",
+    "probe_encoder": "padprobe.probe.encoder",
     "position_maps": "padprobe.maps",
     "spearman": "padprobe.scores",
-    "set_padding": "padprobe.padding",
-    "find_stages": "padprobe.stages",
-    "load_encoder": "padprobe.encoders",
+    "set_padding": "padprobe.network.padding",
+    "find_stages": "padprobe.network.stages",
+    "load_encoder": "padprobe.network.encoders",
 }
 __all__ = list(_HOME)
 

@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:  # a config or checkpoint names the modules beside it (tasks, here)
         sys.path.insert(0, str(Path.cwd()))
     if args and args[0] in LIGHTNING:
-        from padprobe.fit import lightning_cli
+        from padprobe.study.fit import lightning_cli
 
         warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python")
         lightning_cli(args)
@@ -159,9 +159,10 @@ def _probe(options: argparse.Namespace) -> int:
 
 def _probe_here(fabric: Fabric, options: argparse.Namespace) -> None:
     """`padprobe probe` in each of its processes; the first writes and shows the results."""
-    from padprobe.encoders import load_encoder
-    from padprobe.probing import padding_of, probe_encoder
-    from padprobe.readout.variants import Readout, parse_readout
+    from padprobe.network.encoders import load_encoder
+    from padprobe.network.padding import padding_of
+    from padprobe.probe.encoder import probe_encoder
+    from padprobe.readout.spec import Readout, parse_readout
 
     readouts: list[Readout] | str = [Readout()]
     if options.readout:
@@ -269,7 +270,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from padprobe.fit import check_data
+    from padprobe.study.fit import check_data
 
     problems = check_data(options.config)
     print("\n".join([*problems, f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"]))

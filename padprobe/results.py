@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 COLUMNS = (
     *("run", "encoder", "weights", "task", "padding", "seed"),
@@ -114,3 +117,30 @@ def write_atomically(path: Path, write) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@functools.lru_cache(maxsize=8)
+def _resamples(n: int) -> np.ndarray:
+    """How often each of n images is in each of 1,000 samples of n with replacement, over n: (1000, n)."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000) / n
+
+
+def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[str, Any]]:
+    """Per-image scores, as :class:`PositionScores` gives them, as one row a target and metric.
+
+    Rows have ``target``, ``metric`` (the mean over images; of ``constant`` the number of images), ``value``,
+    ``ci_low``, ``ci_high`` (95% percentile bootstrap over images, 1,000 resamples, NaN for a single image or a count)
+    and ``n``.
+    """
+    rows = []
+    for metric, values in scores.items():
+        per_image = values.double().cpu().numpy()  # (n, T)
+        n = len(per_image)
+        mean = per_image.sum(0) if metric == "constant" else per_image.mean(0)
+        low = high = np.full_like(mean, np.nan)
+        if n > 1 and metric != "constant":
+            low, high = np.percentile(_resamples(n) @ per_image, [2.5, 97.5], axis=0)
+        for i, target in enumerate(targets):
+            row = {"target": target, "metric": metric, "value": mean[i], "ci_low": low[i], "ci_high": high[i], "n": n}
+            rows.append(row)
+    return rows

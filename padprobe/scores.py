@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 
 CONSTANT_RANGE = 1e-5
 """A prediction whose range is under this fraction of its target's range counts as constant."""
-
-
-def count_new(loader: Any, start: int, n: int) -> int:
-    """How many of a batch's n images, the first of them this process's ``start``-th, no process has scored before.
-
-    A DistributedSampler repeats some images at the end, so that all processes have as many; they come last in a batch.
-    """
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
-    if not isinstance(sampler, DistributedSampler):
-        return n
-    places = sampler.rank + sampler.num_replicas * torch.arange(start, start + n)
-    return int((places < len(sampler.dataset)).sum())  # type: ignore[arg-type]
 
 
 def average_ranks(values: Tensor) -> Tensor:
@@ -215,30 +197,3 @@ class PositionScores(Metric):
     def per_image(self) -> dict[str, Tensor]:
         """:meth:`compute` with every value of shape (n, T): torchmetrics squeezes that of one image and target."""
         return {name: values.reshape(-1, len(self.target)) for name, values in self.compute().items()}
-
-
-@functools.lru_cache(maxsize=8)
-def _resamples(n: int) -> np.ndarray:
-    """How often each of n images is in each of 1,000 samples of n with replacement, over n: (1000, n)."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000) / n
-
-
-def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[str, Any]]:
-    """Per-image scores, as :class:`PositionScores` gives them, as one row a target and metric.
-
-    Rows have ``target``, ``metric`` (the mean over images; of ``constant`` the number of images), ``value``,
-    ``ci_low``, ``ci_high`` (95% percentile bootstrap over images, 1,000 resamples, NaN for a single image or a count)
-    and ``n``.
-    """
-    rows = []
-    for metric, values in scores.items():
-        per_image = values.double().cpu().numpy()  # (n, T)
-        n = len(per_image)
-        mean = per_image.sum(0) if metric == "constant" else per_image.mean(0)
-        low = high = np.full_like(mean, np.nan)
-        if n > 1 and metric != "constant":
-            low, high = np.percentile(_resamples(n) @ per_image, [2.5, 97.5], axis=0)
-        for i, target in enumerate(targets):
-            row = {"target": target, "metric": metric, "value": mean[i], "ci_low": low[i], "ci_high": high[i], "n": n}
-            rows.append(row)
-    return rows

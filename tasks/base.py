@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from padprobe.errors import check_name
-from padprobe.scores import count_new
+from padprobe.processes import count_new
 from tasks.networks import build_network
 
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.base import ClassificationHead
 from torch import Tensor, nn
 
-from padprobe.encoders import load_encoder
 from padprobe.errors import check_name
-from padprobe.padding import PADDING_MODES, as_built, list_padding, set_padding
-from padprobe.stages import center_crop, context_size, output_sides, smallest_image, stage_shapes, takes
+from padprobe.network.encoders import load_encoder
+from padprobe.network.padding import PADDING_MODES, as_built, list_padding, set_padding
+from padprobe.network.tap import center_crop
+from padprobe.network.trace import context_size, output_sides, smallest_image, stage_shapes, takes
 
 DECODERS = ("linear", "unet", "fpn", "deeplabv3plus", "pspnet", "linknet", "upernet")
 ALIGNMENTS = ("stretch", "context")

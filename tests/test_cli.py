@@ -13,7 +13,7 @@ from PIL import Image
 
 from padprobe import PositionProbeCallback, load_encoder
 from padprobe.cli import main
-from padprobe.padding import list_padding
+from padprobe.network.padding import list_padding
 from padprobe.results import Results
 
 OPTIONS = {"config": [8, "M", 16, "M", 16], "out_channels": [8, 16, 16], "depth": 2, "batch_norm": True}

@@ -7,7 +7,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from scipy.stats import bootstrap, spearmanr
 
 from padprobe import position_maps, spearman
-from padprobe.scores import BorderProfile, PositionScores, constant_error, is_constant, rings, summarize
+from padprobe.results import summarize
+from padprobe.scores import BorderProfile, PositionScores, constant_error, is_constant, rings
 
 few_values = st.sampled_from([-2.5, -1.0, 0.0, 1.0, 3.0])  # many ties, and often a constant
 values = st.floats(-1e6, 1e6, width=32)

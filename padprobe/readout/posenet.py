@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from padprobe.features import FeatureCache, Progress
 from padprobe.maps import TARGETS, Target, position_maps, target_name
 
 
@@ -93,7 +92,7 @@ class PosENet(nn.Module):
         if self.depth > 1:
             split = zip(self.hidden, self.weight[:, None], self.bias[:, None], strict=True)
             return torch.cat([F.conv2d(h(features), w, b, padding=self.padding) for h, w, b in split], dim=1)
-        return _conv_few(features, self.weight, self.padding) + self.bias[:, None, None]
+        return conv_few(features, self.weight, self.padding) + self.bias[:, None, None]
 
     def predict_small(self, features: Tensor) -> Tensor:
         """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side) in [0, 1]."""
@@ -146,7 +145,7 @@ def _stream(target: Target) -> int:
     return TARGETS.index(target) if target in TARGETS else 5 + zlib.crc32(target_name(target).encode())
 
 
-def _conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
+def conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
     """``F.conv2d(features, weight, padding=padding)`` for a handful of output channels, several times faster.
 
     All the kernel's taps as one matrix product over the channels, then their few rows shifted and added. Features are
@@ -184,53 +183,3 @@ class _Taps(torch.autograd.Function):
 def make_optimizer(readout: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
     """The paper's optimizer for a readout: SGD, momentum .9, weight decay 1e-4 (section 3.2; lr from the code)."""
     return torch.optim.SGD(readout.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
-
-
-Key = TypeVar("Key", bound=Hashable)
-
-
-def train_readouts(
-    readouts: Mapping[Key, PosENet],
-    cache: FeatureCache,
-    select: Callable[[Key, Tensor], Tensor],
-    epochs: int = 15,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> None:
-    """Trains readouts side by side on features that were computed once, in place, and leaves them in evaluation mode.
-
-    Each has its own optimizer and its own random stream, so that none changes another's result.
-
-    Args:
-        readouts: by any key.
-        cache: the features of all images.
-        select: called with (key, features (B, width, grid, grid)): what that readout reads of them.
-        epochs: passes over the features.
-        batch_size: images a step.
-        seed: of the order of images, which all readouts share.
-        progress: called with ("readouts", steps done, steps in all).
-
-    Source: paper, section 3.2: SGD, 15 epochs; the authors' code: rate .1, a tenth of that from epoch 10 on.
-    """
-    device = next(iter(readouts.values())).weight.device
-    optimizers = {key: make_optimizer(readout.train()) for key, readout in readouts.items()}
-    generator = torch.Generator().manual_seed(seed)
-    steps = [
-        order for _ in range(epochs) for order in torch.randperm(len(cache), generator=generator).split(batch_size)
-    ]
-    slow = 2 * len(steps) // 3
-    buffer = cache.buffer(batch_size, device)
-    for step, order in enumerate(steps):
-        features = cache.read(order, buffer)
-        for key, readout in readouts.items():
-            optimizer = optimizers[key]
-            for group in optimizer.param_groups:
-                group["lr"] = 0.1 if step < slow else 0.01
-            optimizer.zero_grad()
-            readout.loss(select(key, features)).sum().backward()
-            optimizer.step()
-        if progress:
-            progress("readouts", step + 1, len(steps))
-    for readout in readouts.values():
-        readout.eval()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from padprobe.readout.posenet import _conv_few
+from padprobe.readout.posenet import conv_few
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Penalties to choose from: what is added to each eigenvalue of the features' correlation matrix. The features are kept
@@ -130,7 +130,7 @@ class RidgeReadout(nn.Module):
 
     def predict_small(self, features: Tensor) -> Tensor:
         """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side)."""
-        return _conv_few(features, self.weight, 0) + self.bias[:, None, None]
+        return conv_few(features, self.weight, 0) + self.bias[:, None, None]
 
     def forward(self, features: Tensor) -> Tensor:
         """Predicted position maps: (B, C, grid, grid) -> (B, T, size, size)."""
@@ -228,7 +228,7 @@ def solve_by_gradients(
             yield features.to(device, torch.float32), held_out.to(device)
 
     def convolve(features: Tensor, weights: Tensor) -> Tensor:
-        return _conv_few(features, weights.float().reshape(-1, in_channels, k, k), 0)
+        return conv_few(features, weights.float().reshape(-1, in_channels, k, k), 0)
 
     # Means, sds and X't of every tap's window follow from sums over images, cell by cell.
     sums, squares = torch.zeros(2, 2, in_channels, grid, grid, dtype=torch.float64, device=device)  # [1]: held out
@@ -305,7 +305,7 @@ def _shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalti
 def _correlate(features: Tensor, maps: Tensor, k: int) -> Tensor:
     """Features (B, C, H, W) times maps (B, T, H-k+1, W-k+1) at each of k x k offsets, summed: (T, C*k*k), float64.
 
-    The transpose of ``_conv_few``: its shifted sums (fold) become shifted copies of the few maps (unfold).
+    The transpose of ``conv_few``: its shifted sums (fold) become shifted copies of the few maps (unfold).
     """
     rows = F.unfold(maps, k, padding=k - 1)  # (B, T*k*k, H*W)
     products = torch.bmm(rows, features.flatten(2).mT).sum(0, dtype=torch.float64)

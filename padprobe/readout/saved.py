@@ -15,7 +15,7 @@ from torch import Tensor
 
 from padprobe.maps import TARGETS
 from padprobe.readout.posenet import PosENet
-from padprobe.readout.variants import Readout
+from padprobe.readout.spec import Readout
 from padprobe.results import write_atomically
 
 

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from padprobe.encoders import find_encoder, load_encoder
-from padprobe.padding import as_built
+from padprobe.network.encoders import find_encoder, load_encoder
+from padprobe.network.padding import as_built
+from padprobe.network.trace import context_size, stage_shapes
 from padprobe.readout.posenet import PosENet, make_optimizer
-from padprobe.readout.variants import Readout, with_controls
+from padprobe.readout.spec import Readout, with_controls
 from padprobe.scores import score_maps, standard_ranks
-from padprobe.stages import context_size, stage_shapes
 from padprobe.study.plan import Cell
 from padprobe.study.training import build
 

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from padprobe.readout.variants import Readout
+from padprobe.readout.spec import Readout
 from padprobe.results import NOTES, Results, write_text
 from padprobe.study.plan import Cell, Planned, Study
 

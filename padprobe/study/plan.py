@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 
 from padprobe.errors import check_name
 from padprobe.maps import TARGETS
-from padprobe.readout.variants import Readout
+from padprobe.readout.spec import Readout
 
 
 @dataclass

@@ -20,13 +20,15 @@ from jsonargparse import ArgumentParser
 from torch import nn
 from torch.utils.data import Dataset
 
-from padprobe.callback import PositionProbeCallback
-from padprobe.encoders import find_encoder, load_encoder
-from padprobe.features import Progress
+from padprobe.callbacks.position_probe import PositionProbeCallback
 from padprobe.maps import position_maps
-from padprobe.probing import choose_layers, padding_of, probe_encoder
+from padprobe.network.encoders import find_encoder, load_encoder
+from padprobe.network.padding import padding_of
+from padprobe.network.stages import choose_layers
+from padprobe.network.trace import stage_shapes
+from padprobe.probe.encoder import probe_encoder
+from padprobe.probe.features import Progress
 from padprobe.results import Results, write_text
-from padprobe.stages import stage_shapes
 from padprobe.stimuli import Images, load_images
 from padprobe.study.estimate import seconds_to_run
 from padprobe.study.folder import error_log, load_results, readouts_left, save_part, scores_folder, write_plan

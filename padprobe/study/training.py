@@ -13,10 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
-from padprobe.callback import PositionProbeCallback
-from padprobe.features import Progress
-from padprobe.fit import lightning_cli
+from padprobe.callbacks.position_probe import PositionProbeCallback
+from padprobe.probe.features import Progress
 from padprobe.results import COLUMNS, TRAJECTORY, Results, write_text
+from padprobe.study.fit import lightning_cli
 from padprobe.study.plan import Cell
 
 METRIC_NAMES = {

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from padprobe.stages import center_crop
+from padprobe.network.tap import center_crop
 from tasks.data.files import Sample, check_samples, read_image
 from tasks.data.order import ShuffleByEpoch, seed_of
 

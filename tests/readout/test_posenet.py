@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from padprobe import PosENet
-from padprobe.features import FeatureCache
 from padprobe.maps import TARGETS
-from padprobe.readout.posenet import make_optimizer, train_readouts
+from padprobe.probe.features import FeatureCache
+from padprobe.probe.train import train_readouts
+from padprobe.readout.posenet import make_optimizer
 
 
 def cached(features: torch.Tensor) -> FeatureCache:

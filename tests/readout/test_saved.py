@@ -7,7 +7,7 @@ from torch import nn
 
 from padprobe import load_encoder, probe_encoder
 from padprobe.readout.saved import load_readouts
-from padprobe.readout.variants import Readout
+from padprobe.readout.spec import Readout
 
 LABELS = {"encoder": "small", "weights": "given", "run": "small"}
 

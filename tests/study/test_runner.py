@@ -12,7 +12,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from padprobe.encoders import load_encoder
+from padprobe.network.encoders import load_encoder
 from padprobe.results import Results
 from padprobe.study import runner
 from padprobe.study.folder import load_results

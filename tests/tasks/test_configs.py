@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from padprobe.fit import lightning_cli
+from padprobe.study.fit import lightning_cli
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for room in ("sod", "ss") for path in ROOT.glob(f"configs/{room}/*"))

@@ -9,7 +9,7 @@ from segmentation_models_pytorch.encoders import encoders, get_encoder
 from segmentation_models_pytorch.encoders.vgg import VGGEncoder
 from torch import nn
 
-from padprobe.padding import PADDING_MODES, list_padding
+from padprobe.network.padding import PADDING_MODES, list_padding
 from tasks.networks import DECODERS, build_network
 
 CHANNELS = {"config": [8, "M", 16, "M", 32, "M", 32], "out_channels": [8, 16, 32, 32], "depth": 3, "batch_norm": True}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from padprobe import PositionProbeCallback
-from padprobe.padding import list_padding
+from padprobe.network.padding import list_padding
 from tasks.classification import ClassificationTask
 from tasks.data.labels import LabelFolders
 from tasks.data.saliency import SaliencyData, SaliencyFolder

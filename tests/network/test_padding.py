@@ -4,8 +4,8 @@ import torchvision
 from torch import nn
 
 from padprobe import find_stages, load_encoder, set_padding
-from padprobe.padding import PADDING_MODES, as_built, list_padding, padding_reach
-from padprobe.stages import StageTap
+from padprobe.network.padding import PADDING_MODES, as_built, list_padding, padding_reach
+from padprobe.network.tap import StageTap
 
 
 def spread(encoder: nn.Module, image: torch.Tensor) -> dict[str, float]:

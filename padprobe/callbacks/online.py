@@ -11,27 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from padprobe.processes import several_processes, shares
 from padprobe.readout.posenet import PosENet, make_optimizer
 from padprobe.readout.ridge import RidgeReadout, RidgeStatistics, solve, solve_by_gradients
 from padprobe.scores import score_maps
-
-
-def several_processes() -> bool:
-    """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _shares(images: int) -> list[int]:
-    """How many images each process has; told over the CPU, so that nobody waits for a device."""
-    if dist.get_backend() != "gloo" and dist.group.WORLD not in _OVER_CPU:
-        _OVER_CPU.clear()  # those of a run that has ended
-        _OVER_CPU[dist.group.WORLD] = dist.new_group(backend="gloo")
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([images]), group=_OVER_CPU.get(dist.group.WORLD))
-    return [int(size) for size in sizes]
-
-
-_OVER_CPU: dict[Any, Any] = {}
 
 
 class OnlinePosENet:
@@ -58,37 +41,37 @@ class OnlinePosENet:
         ``late``: the last third of the training, at a tenth of the rate. All processes must call it equally often.
         """
         images = 0 if features is None else len(features)
-        shares = _shares(images) if several_processes() else [images]
-        if not any(shares):
+        shared = shares(images) if several_processes() else [images]
+        if not any(shared):
             return
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr / 10 if late else self.lr
         self.readout.train()
         self.optimizer.zero_grad()
         with torch.enable_grad():
-            if len(shares) > 1:
-                self._backward_together(features, shares)
+            if len(shared) > 1:
+                self._backward_together(features, shared)
             else:
                 assert features is not None
                 self.readout.loss(features).sum().backward()
         self.optimizer.step()
         self.steps += 1
 
-    def _backward_together(self, features: Tensor | None, shares: list[int]) -> None:
+    def _backward_together(self, features: Tensor | None, shared: list[int]) -> None:
         """The gradients of the loss on all processes' images, in each of them."""
-        readout, rank, room = self.readout, dist.get_rank(), max(shares)
+        readout, rank, room = self.readout, dist.get_rank(), max(shared)
         side = readout.gram.shape[0]
         own = readout.weight.new_zeros(room, len(readout.targets), side, side)
         raw = None if features is None else readout.raw(features)
         if raw is not None:
             own[: len(raw)] = raw.detach()
-        parts = [torch.empty_like(own) for _ in shares]
+        parts = [torch.empty_like(own) for _ in shared]
         dist.all_gather(parts, own)
-        raws = torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).requires_grad_()
+        raws = torch.cat([part[:share] for part, share in zip(parts, shared, strict=True)]).requires_grad_()
         readout.errors(torch.sigmoid(readout.norm(raws))).mean(0).sum().backward()
         if raw is not None:
             assert raws.grad is not None
-            raw.backward(raws.grad.split(shares)[rank])
+            raw.backward(raws.grad.split(shared)[rank])
         for name, parameter in readout.named_parameters():
             if not name.startswith("norm."):  # those gradients are of all images already
                 if parameter.grad is None:

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from scipy.stats import spearmanr
 
+from padprobe.callbacks.online import OnlinePosENet, OnlineRidge, small_readout
 from padprobe.maps import position_maps
-from padprobe.readout.online import OnlinePosENet, OnlineRidge, small_readout
 from padprobe.readout.posenet import PosENet
 from padprobe.readout.ridge import RidgeStatistics, solve
 

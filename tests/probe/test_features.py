@@ -2,8 +2,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from padprobe.features import FeatureCache, FeatureReader
-from padprobe.stages import align
+from padprobe.network.tap import align
+from padprobe.probe.features import FeatureCache, FeatureReader
 
 CPU = torch.device("cpu")
 

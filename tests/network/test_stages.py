@@ -6,8 +6,10 @@ import torchvision
 from torch import nn
 
 from padprobe import find_stages, set_padding
-from padprobe.padding import as_built, padding_reach
-from padprobe.stages import StageTap, align, center_crop, context_size, paper_stages, smallest_image, stage_shapes
+from padprobe.network.padding import as_built, padding_reach
+from padprobe.network.stages import paper_stages
+from padprobe.network.tap import StageTap, align, center_crop
+from padprobe.network.trace import context_size, smallest_image, stage_shapes
 
 
 def test_vgg16_stages_are_the_papers():

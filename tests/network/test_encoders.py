@@ -3,8 +3,8 @@ import torch
 import torchvision
 
 from padprobe import find_stages, load_encoder
-from padprobe.encoders import find_encoder, untrained_twin
-from padprobe.padding import list_padding
+from padprobe.network.encoders import find_encoder, untrained_twin
+from padprobe.network.padding import list_padding
 
 
 def test_encoders_of_every_library_run(vgg_options):

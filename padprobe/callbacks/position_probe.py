@@ -16,14 +16,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from padprobe.encoders import find_encoder
+from padprobe.callbacks.online import OnlinePosENet, OnlineRidge, small_readout
 from padprobe.errors import check_name
 from padprobe.maps import TARGETS, position_maps
-from padprobe.readout.online import OnlinePosENet, OnlineRidge, small_readout
+from padprobe.network.encoders import find_encoder
+from padprobe.network.stages import find_stages
+from padprobe.network.tap import StageTap
+from padprobe.network.trace import stage_shapes
+from padprobe.processes import count_new
 from padprobe.readout.posenet import PosENet, readout_side
 from padprobe.readout.ridge import GRAM_LIMIT_GB, gram_gb
-from padprobe.scores import PositionScores, count_new
-from padprobe.stages import StageTap, find_stages, stage_shapes
+from padprobe.scores import PositionScores
 
 HALF = torch.finfo(torch.float16).max
 """Features beyond this are in trouble: such a batch would outweigh all others for good."""

@@ -214,3 +214,9 @@ def _pixels(layer: nn.Module, padding) -> tuple[int, int]:
         return tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))  # type: ignore[return-value]
     pair = padding if isinstance(padding, tuple) else _pair(padding)
     return (max(pair[2:]), max(pair[:2])) if len(pair) == 4 else tuple(pair)  # type: ignore[return-value]
+
+
+def padding_of(encoder: nn.Module) -> str:
+    """The padding mode of an encoder's convolutions: "valid" where none pads, "mixed" where they differ."""
+    modes = {row.mode for row in list_padding(encoder) if not row.mode.endswith("2d")}
+    return modes.pop() if len(modes) == 1 else "mixed" if modes else "valid"

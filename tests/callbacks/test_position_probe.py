@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from padprobe import PositionProbeCallback, spearman
+from padprobe.callbacks.online import small_readout
 from padprobe.maps import position_maps
-from padprobe.readout.online import small_readout
-from padprobe.stages import align
+from padprobe.network.tap import align
 from tests.conftest import Frozen, Host, trainer
 
 TARGETS = ("H", "V", "G", "HS", "VS")

@@ -1,6 +1,6 @@
 import pytest
 
-from padprobe.readout.variants import Readout, parse_readout, with_controls
+from padprobe.readout.spec import Readout, parse_readout, with_controls
 
 
 def test_a_readout_is_written_in_one_line():

@@ -6,8 +6,8 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from padprobe import load_encoder, probe_encoder
-from padprobe.probing import _relabel
-from padprobe.readout.variants import Readout
+from padprobe.probe.encoder import _relabel
+from padprobe.readout.spec import Readout
 from padprobe.results import COLUMNS, PROFILE, Results
 
 SMALL = {"image_size": 48, "grid": 14, "epochs": 8, "limit_train": 120, "limit_test": 40}

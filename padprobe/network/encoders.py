@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from padprobe.errors import check_name
-from padprobe.padding import PADDING_MODES, set_padding
+from padprobe.network.padding import PADDING_MODES, set_padding
 
 LIBRARIES = ("torchvision", "smp", "timm")
 

@@ -15,7 +15,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from padprobe.stages import StageTap, align, center_crop, stage_shapes
+from padprobe.network.tap import StageTap, align, center_crop
+from padprobe.network.trace import stage_shapes
 from padprobe.stimuli import Images, image_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,17 +13,18 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from padprobe.encoders import load_encoder, untrained_twin
-from padprobe.features import FeatureReader, Progress
 from padprobe.maps import TARGETS, Target, position_maps, target_name
-from padprobe.measuring import Measured, Plan, describe, measure
-from padprobe.padding import as_built, list_padding, padding_reach
+from padprobe.network.encoders import load_encoder, untrained_twin
+from padprobe.network.padding import as_built, padding_of, padding_reach
+from padprobe.network.stages import choose_layers
+from padprobe.network.trace import context_size
+from padprobe.probe.features import FeatureReader, Progress
+from padprobe.probe.measure import Measured, measure
+from padprobe.probe.plan import Plan, describe
 from padprobe.readout.posenet import readout_side
 from padprobe.readout.saved import check_savable, load_readouts, save_readouts
-from padprobe.readout.variants import Readout, with_controls
-from padprobe.results import COLUMNS, Results
-from padprobe.scores import summarize
-from padprobe.stages import context_size, find_stages, paper_stages
+from padprobe.readout.spec import Readout, with_controls
+from padprobe.results import COLUMNS, Results, summarize
 from padprobe.stimuli import Images, load_images
 
 Source = str | Path | Images
@@ -269,18 +270,3 @@ def _deltas(main: Measured, twins: list[Measured], labels: dict[str, Any]) -> Re
             common = {**describe(key), **labels, "stimulus": stimulus}
             rows += [{**common, **row} for row in summarize({"delta": delta}, plan.names)]
     return Results(pd.DataFrame(rows).reindex(columns=list(COLUMNS)))
-
-
-def choose_layers(encoder: nn.Module, stages: str | Sequence[str], image_size: int) -> list[str]:
-    """The names of the stages f1..fn, see ``stages`` of :func:`probe_encoder`."""
-    if not isinstance(stages, str):
-        return list(stages)
-    if stages not in ("auto", "paper"):
-        raise ValueError(f"stages is {stages!r}; expected 'auto', 'paper' or a list of layers such as [{stages!r}]")
-    return (find_stages if stages == "auto" else paper_stages)(encoder, image_size)
-
-
-def padding_of(encoder: nn.Module) -> str:
-    """The padding mode of an encoder's convolutions: "valid" where none pads, "mixed" where they differ."""
-    modes = {row.mode for row in list_padding(encoder) if not row.mode.endswith("2d")}
-    return modes.pop() if len(modes) == 1 else "mixed" if modes else "valid"
