@@ -13,13 +13,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from padprobe.maps import TARGETS, Target, position_maps, target_name
+from padprobe.maps import Target, position_maps, target_name
 from padprobe.network.encoders import load_encoder, untrained_twin
 from padprobe.network.padding import as_built, padding_of, padding_reach
 from padprobe.network.stages import choose_layers
 from padprobe.network.trace import context_size
 from padprobe.probe.features import FeatureReader, Progress
 from padprobe.probe.measure import Measured, measure
+from padprobe.probe.options import ProbeOptions
 from padprobe.probe.plan import Plan, describe
 from padprobe.readout.posenet import readout_side
 from padprobe.readout.saved import check_savable, load_readouts, save_readouts
@@ -28,36 +29,21 @@ from padprobe.results import COLUMNS, Results, summarize
 from padprobe.stimuli import Images, load_images
 
 Source = str | Path | Images
-_PAPERS = (Readout(),)
 
 
 def probe_encoder(
     encoder: nn.Module | str | Path,
     train: Source = "dead_leaves",
     test: dict[str, Source] | None = None,
+    options: ProbeOptions | None = None,
     *,
-    readouts: Sequence[Readout] | str | Path = _PAPERS,
-    stages: str | Sequence[str] = "auto",
-    targets: Sequence[Target] = TARGETS,
-    grid: int = 28,
-    image_size: int = 224,
-    normalize: bool = False,
-    epochs: int = 15,
-    batch_size: int = 32,
-    seeds: Sequence[int] = (0,),
-    untrained: int = 3,
     twin: Callable[[int], nn.Module] | None = None,
-    selectivity: bool = True,
-    context: bool = False,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-    num_workers: int = 0,
-    cache_gb: float = 8.0,
     cache_dir: str | Path | None = None,
     save_to: str | Path | None = None,
     fabric: Fabric | None = None,
     labels: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> Results:
     """Measures how much absolute position a frozen encoder encodes, and what of it is the controls' too.
 
@@ -122,6 +108,21 @@ def probe_encoder(
 
     Source: paper, sections 3.1 and 3.2; the controls but for RGB-only are ours.
     """
+    options = dataclasses.replace(options or ProbeOptions(), **changes)
+    readouts, stages, targets, grid = options.readouts, options.stages, options.targets, options.grid
+    image_size, normalize, epochs, batch_size = (
+        options.image_size,
+        options.normalize,
+        options.epochs,
+        options.batch_size,
+    )
+    seeds, untrained, selectivity, context = options.seeds, options.untrained, options.selectivity, options.context
+    limit_train, limit_test, num_workers, cache_gb = (
+        options.limit_train,
+        options.limit_test,
+        options.num_workers,
+        options.cache_gb,
+    )
     labels = dict(labels or {})
     saved = load_readouts(readouts) if isinstance(readouts, (str, Path)) else None
     if saved:

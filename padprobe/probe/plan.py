@@ -89,10 +89,11 @@ def describe(key: Key) -> dict[str, Any]:
     """A readout's columns in the results."""
     readout, seed = key
     return {
-        "readout": readout.name,
+        "readout": readout.kind,
         "kernel_size": readout.kernel_size,
         "depth": readout.depth,
         "head_padding": readout.padding,
+        "scale": readout.scale,
         "stages": readout.stages,
         "seed": seed,
     }
