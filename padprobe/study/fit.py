@@ -58,8 +58,8 @@ class _CLI(LightningCLI):
         for key in now.keys() & earlier.keys():
             if now[key] != earlier[key]:
                 raise ValueError(
-                    f"{str(last)!r} is of a run with {key} {earlier[key]!r}, and now it is {now[key]!r}: resume it with "
-                    "the same options, or name this run differently with --run"
+                    f"{str(last)!r} is of a run with {key} {earlier[key]!r}, and now it is {now[key]!r}: resume it "
+                    "with the same options, or name this run differently with --run"
                 )
 
 
@@ -103,5 +103,5 @@ def check_data(path: str | Path) -> list[str]:
     except Exception as error:
         raise ValueError(f"config {str(path)!r}: {error}") from error
     if not callable(getattr(data, "check", None)):
-        raise ValueError(f"config {str(path)!r}: {type(data).__name__} has no check(), which lists problems with its files")
+        raise ValueError(f"config {str(path)!r}: {type(data).__name__} has no check() that lists problems")
     return data.check()
