@@ -125,7 +125,7 @@ class StructureScores(Metric):
 
 
 def _scaled(prediction: Tensor) -> Tensor:
-    """Maps (B, H, W), each min-max scaled to [0, 1] in float64; NaN counts as 0, a constant map is clamped to [0, 1]."""
+    """Maps (B, H, W), each min-max scaled to [0, 1] in float64; NaN counts as 0, a constant map is clamped."""
     p = prediction.double().nan_to_num(0.0)
     low, high = p.amin((1, 2), keepdim=True), p.amax((1, 2), keepdim=True)
     return torch.where(high > low, (p - low) / (high - low).clamp_min(torch.finfo(p.dtype).tiny), p.clamp(0, 1))

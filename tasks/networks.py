@@ -303,8 +303,8 @@ def _pad_decoder(name: str, layers: nn.Module, mode: str) -> None:
     """Changes how an smp decoder pads, in place; raises ValueError for a mode that it cannot have."""
     if mode == "valid":
         raise ValueError(
-            f"decoder_padding 'valid' with decoder {name!r}: smp's decoders need maps that keep their size. Use decoder "
-            "'linear', which has no padding, or decoder_padding zeros, reflect, replicate or circular"
+            f"decoder_padding 'valid' with decoder {name!r}: smp's decoders need maps that keep their size. Use "
+            "decoder 'linear', which has no padding, or decoder_padding zeros, reflect, replicate or circular"
         )
     if mode == "zeros":
         return

@@ -130,9 +130,7 @@ class DenseData(LightningDataModule, ABC):
             if value < least:
                 raise ValueError(f"{name} is {value}; expected {least} or more")
         if not 0 < holdout < 1 or (limit is not None and limit < 1):
-            raise ValueError(
-                f"holdout is {holdout} and limit {limit}; expected a share in (0, 1), and 1 or more images"
-            )
+            raise ValueError(f"holdout is {holdout} and limit {limit}; expected a share in (0, 1) and at least 1 image")
         self.image_size, self.context, self.normalize, self.augment = image_size, context, normalize, augment
         self.batch_size, self.num_workers, self.limit, self.seed = batch_size, num_workers, limit, seed
         self.holdout, self._check_files = holdout, check_files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ class LabelFolders(DenseData):
         super().__init__(**options)
         self.root, self.images, self.masks, self.has_val = root, images, masks, has_val
         self.labels = len(classes), ignore_index
+        self.reader = partial(LabelFile, classes=len(classes), ignore_index=ignore_index)
 
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:
         if split == "val" and not self.has_val:
             return [], []
         root = find_folder(self.root)
-        folders = [root / folder.format(split=split) for folder in (self.images, self.masks)]
-        return pair(*folders, lambda path: LabelFile(path, *self.labels))
+        return pair(root / self.images.format(split=split), root / self.masks.format(split=split), self.reader)
 
 
 class VOCData(DenseData):

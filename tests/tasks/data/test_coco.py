@@ -109,9 +109,9 @@ def test_everything_that_is_wrong_is_named(coco):
     ]
     problems = "\n".join(data(folder, content, test).check())
     for what in (
-        "gone.jpg: is not there",
+        "gone.jpg: does not exist",
         "(image 12, c.jpg): annotation 23 cannot be read: KeyError 'segmentation'",
-        "image 13 lacks height",
+        "image 13 has no height",
         "(image 9, b.jpg): annotation 20 has the category 5, which the file does not list",
         "annotations of the image 99, which the file does not list",
         "(image 9, b.jpg): annotation 22 is 5 x 5 px, its image 24 x 20",

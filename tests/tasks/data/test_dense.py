@@ -96,7 +96,7 @@ def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(folders):
     assert len({tuple(order) for order in whole}) == 4
     assert orders(0, 2) == whole[2:]  # as a resumed training goes on
     assert orders(1, 0) != whole
-    with pytest.raises(ValueError, match="batch_size is 50, and there are 20 images"):
+    with pytest.raises(ValueError, match="batch_size is 50, but there are only 20 training images"):
         LabelFolders(folders, NAMES, batch_size=50).train_dataloader()
 
 
@@ -130,7 +130,7 @@ def test_published_layouts_are_found(pictures, layout):
     folder = SaliencyFolder(str(pictures.folder), layout)
     data = SaliencyData(folder, folder, image_size=8, holdout=0.25)
     (problem,) = data.check()
-    assert problem.endswith("0.jpg: is in train and in test, as 4 images are")
+    assert problem.endswith("0.jpg: is in train and in test (4 such images)")
     assert [len(data.split(split)) for split in ("train", "val", "test")] == [3, 1, 4]
     item = data.dataset("test")[0]
     assert item["mask"].shape == (1, 8, 8)
