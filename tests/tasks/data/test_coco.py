@@ -83,8 +83,8 @@ def test_train_and_test_share_the_training_categories(coco):
     for annotation in other["annotations"]:
         annotation["category_id"] = {17: 95, 90: 90}[annotation["category_id"]]
     made = data(folder, content, other)
-    ours, theirs = (made.samples(split)[0][0].read() for split in ("train", "test"))
-    assert np.array_equal(ours, theirs)
+    train, test = (made.samples(split)[0][0].read() for split in ("train", "test"))
+    assert np.array_equal(train, test)
     assert made.labels == (3, 255)
     (problem,) = made.check()
     assert problem.endswith("y.json: the training annotations have no category 'bird'")
