@@ -1,4 +1,4 @@
-"""The study's networks: an encoder and a decoder, each padded in its own way."""
+"""The networks of the study's tasks: an encoder and a decoder, each with its own padding mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from padprobe.network.trace import context_size, output_sides, smallest_image, s
 
 DECODERS = ("linear", "unet", "fpn", "deeplabv3plus", "pspnet", "linknet", "upernet")
 ALIGNMENTS = ("stretch", "context")
-LARGEST = 2048  # px, of the images that are tried
+LARGEST = 2048  # px: the search for an image size that works ends here
 
 
 def _resize(maps: Tensor, side: int) -> Tensor:
@@ -28,21 +28,22 @@ def _resize(maps: Tensor, side: int) -> Tensor:
 
 
 class DenseNetwork(nn.Module):
-    """One score a class for every pixel: images (B, 3, H, W) -> logits (B, classes, S, S).
+    """Scores every class at every pixel: images (B, 3, H, W) -> logits (B, classes, S, S).
 
     Args:
-        encoder: an smp encoder: returns a list of feature maps.
-        decoder: list of maps, with the sizes that the padded encoder gives them -> one map.
-        head: that map -> logits, of any size; they are resized to S.
+        encoder: an smp encoder, which returns a list of feature maps.
+        decoder: takes the maps, in the sizes that the padded encoder gives them; returns one map.
+        head: turns that map into logits of any size, which are then resized to S.
         image_size: S in pixels.
-        alignment: of an unpadded encoder's maps, which cover less of the image. ``"stretch"``: over all of it, as in
-            the paper; that moves deep maps outwards over shallow ones, so comparing the two tells the decoder where it
-            is. ``"context"``: the image is larger than S and only its centre is scored. A padded encoder is shown that
-            centre; an unpadded one as much around it as it needs, and its maps are centre-cropped to the resolution
-            and geometry of the padded one's. Padding is then all that differs.
+        alignment: how the maps of an unpadded encoder, which cover less of the image, are brought to the sizes of the
+            padded encoder's maps. ``"stretch"`` resizes them, as in the paper. This moves deep maps outwards relative
+            to shallow ones, and the decoder can tell position from the difference. ``"context"`` takes an image larger
+            than S and scores its centre. A padded encoder gets only this centre. An unpadded encoder also gets the
+            surroundings that it needs, and its maps are centre-cropped to the sizes and geometry of the padded
+            encoder's maps, so that padding is the only difference.
 
     Attributes:
-        seen: the side of the image that it needs, in pixels.
+        seen: side in pixels of the image that the network needs.
 
     Raises:
         ValueError: for an unknown alignment; in ``forward``, for an image that is too small.
@@ -61,7 +62,7 @@ class DenseNetwork(nn.Module):
         self.encoder, self.decoder, self.head = encoder, decoder, head
         self.image_size, self.seen = image_size, image_size
         self.fit = center_crop if alignment == "context" else _resize
-        self.sides: list[int] | None = None  # of an unpadded encoder's maps, once aligned
+        self.sides: list[int] | None = None  # of the aligned maps; None if the encoder pads
         if not list_padding(encoder):
             if alignment == "context":
                 self.seen, self.sides = context_size(encoder, image_size)
@@ -84,13 +85,19 @@ class DenseNetwork(nn.Module):
 class LinearDecoder(nn.Module):
     """A decoder without any padding: a list of maps (B, C, h, w) -> one map (B, width, grid, grid).
 
-    Each map goes through a 1x1 convolution and is resized to the grid; they are added, and one more 1x1 convolution
-    follows.
+    A 1x1 convolution takes each map to ``width`` channels, and the map is resized to the grid. A 1x1 convolution
+    follows the sum of all maps.
 
     Args:
-        channels: of the maps.
+        channels: number of channels of each map.
         grid: side of the output in cells.
-        width: channels of the output.
+        width: number of channels of the output.
+
+    Example:
+        >>> import torch
+        >>> decoder = LinearDecoder([8, 16], grid=12, width=4)
+        >>> decoder([torch.rand(1, 8, 24, 24), torch.rand(1, 16, 6, 6)]).shape
+        torch.Size([1, 4, 12, 12])
     """
 
     def __init__(self, channels: list[int], grid: int, width: int = 32) -> None:
@@ -102,18 +109,18 @@ class LinearDecoder(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         total = torch.zeros((), device=maps[0].device)
         for lateral, m in zip(self.laterals, maps, strict=True):
-            # a 1x1 convolution and a resize commute: the smaller map is convolved
+            # a 1x1 convolution and a resize commute: convolve whichever map is smaller
             big = m.shape[-1] > self.grid
             total = total + (lateral(_resize(m, self.grid)) if big else _resize(lateral(m), self.grid))
         return F.relu(self.mix(F.relu(total)))
 
 
 class ClassificationNetwork(nn.Module):
-    """One score a class for the centre of an image: (B, 3, H, W) -> logits (B, classes), by global average pooling.
+    """Scores every class for the centre of an image, by global average pooling: (B, 3, H, W) -> logits (B, classes).
 
     Args:
-        encoder: an smp encoder: returns a list of feature maps, and knows their ``out_channels``.
-        classes: number of outputs.
+        encoder: an smp encoder, which returns a list of feature maps and has ``out_channels``.
+        classes: number of classes.
         image_size: side of the centre in pixels.
     """
 
@@ -126,50 +133,78 @@ class ClassificationNetwork(nn.Module):
         return self.head(self.encoder(center_crop(image, self.image_size))[-1])
 
 
-def build_encoder(
-    encoder: str, options: dict[str, Any] | None, weights: str, padding: str, image_size: int, seed: int
-) -> nn.Module:
-    """An smp encoder, ready to train; raises ValueError if it cannot take an image of ``image_size``."""
-    network = _load(encoder, options, weights, padding, seed)
-    stage_shapes(network, [], image_size)
-    return network
-
-
-def build_network(
-    encoder: str,
+def build_classifier(
     classes: int,
-    image_size: int,
-    *,
-    decoder: str = "linear",
+    encoder: str = "smp:vgg16",
+    image_size: int = 224,
     encoder_options: dict[str, Any] | None = None,
     encoder_weights: str = "untrained",
     encoder_padding: str = "zeros",
-    decoder_padding: str = "zeros",
+    seed: int = 0,
+) -> ClassificationNetwork:
+    """An encoder with a classification head, ready to train.
+
+    Args:
+        classes: number of classes.
+        encoder: an smp encoder, such as ``smp:vgg16``.
+        image_size: side in pixels of the centre of the image that the network sees.
+        encoder_options: more arguments of the encoder's constructor, see :func:`padprobe.load_encoder`.
+        encoder_weights: ``untrained``, a name that smp, torchvision or timm knows, or a file.
+        encoder_padding: ``zeros``, ``valid``, ``reflect``, ``replicate`` or ``circular``, see
+            :func:`padprobe.set_padding`.
+        seed: for the weights of an untrained encoder.
+
+    Raises:
+        ValueError: for an unknown name, or an image that is too small for the encoder.
+    """
+    backbone = _load(encoder, encoder_options, encoder_weights, encoder_padding, seed)
+    stage_shapes(backbone, [], image_size)
+    return ClassificationNetwork(backbone, classes, image_size)
+
+
+def build_network(
+    classes: int,
+    encoder: str = "smp:vgg16",
+    image_size: int = 224,
+    encoder_options: dict[str, Any] | None = None,
+    encoder_weights: str = "untrained",
+    encoder_padding: str = "zeros",
+    decoder: str = "linear",
     decoder_options: dict[str, Any] | None = None,
+    decoder_padding: str = "zeros",
     alignment: Literal["stretch", "context"] = "stretch",
     seed: int = 0,
 ) -> DenseNetwork:
-    """An encoder under a decoder, ready to train.
+    """An encoder with a decoder, ready to train.
 
     Args:
-        encoder: an smp encoder, such as ``"smp:vgg16"``.
         classes: number of output channels.
-        image_size: side of the output in pixels.
-        decoder: ``"linear"`` (see :class:`LinearDecoder`) or one of smp's.
-        encoder_options: see :func:`~padprobe.load_encoder`.
-        encoder_weights: see :func:`~padprobe.load_encoder`.
-        encoder_padding: see :func:`~padprobe.set_padding`.
-        decoder_padding: likewise, of the decoder and its head; transposed convolutions too. ``"valid"``: what a layer
-            gives without padding is stretched to the size that it has with padding, so that the decoder's maps fit
-            each other; a transposed convolution leaves out what only padding completes, and its checkerboard.
+        encoder: an smp encoder, such as ``smp:vgg16``; ``smp:tu-NAME`` is an encoder of timm.
+        image_size: S, the side of the output in pixels.
+        encoder_options: more arguments of the encoder's constructor, see :func:`padprobe.load_encoder`.
+        encoder_weights: ``untrained``, a name that smp, torchvision or timm knows, or a file.
+        encoder_padding: ``zeros``, ``valid``, ``reflect``, ``replicate`` or ``circular``, see
+            :func:`padprobe.set_padding`.
+        decoder: ``linear`` (has no padding, see :class:`LinearDecoder`), or smp's ``unet``, ``fpn``,
+            ``deeplabv3plus``, ``pspnet``, ``linknet`` or ``upernet``.
         decoder_options: arguments of :class:`LinearDecoder` (``width``) or of smp's model (``decoder_channels``, ...).
-        alignment: see :class:`DenseNetwork`.
-        seed: of an untrained encoder's weights. The decoder's are drawn from the global random state.
+        decoder_padding: how an smp decoder and its head pad: ``zeros``, ``reflect``, ``replicate`` or ``circular``
+            (``linknet``: only ``zeros``).
+        alignment: how the maps of an unpadded encoder are aligned, ``stretch`` or ``context``, see
+            :class:`DenseNetwork`. ``context`` needs images larger than S; labels stay S x S.
+        seed: for the weights of an untrained encoder. The decoder's weights come from the global random state.
 
     Raises:
-        ValueError: for an unknown name; a decoder that cannot stand on the encoder; an encoder that cannot do without
-            its padding; an image size that is too small for a padding mode, or that the decoder cannot divide (with
-            the nearest sizes that work).
+        ValueError: for an unknown name; a decoder that does not work with the encoder or the padding mode; an encoder
+            that cannot work without padding; an image size that is too small, or that the decoder cannot divide (with
+            the sizes that work).
+
+    Example:
+        >>> import torch
+        >>> tiny = {"config": [8, "M", 8], "out_channels": [8, 8], "depth": 1}
+        >>> network = build_network(2, "smp:vgg11", 32, encoder_options=tiny, encoder_padding="reflect")
+        >>> network(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 2, 32, 32])
     """
     check_name(decoder, DECODERS, "decoder")
     for mode in (encoder_padding, decoder_padding):
@@ -179,37 +214,36 @@ def build_network(
         body, head, step = _linear(backbone, classes, image_size, decoder_options or {})
     else:
         body, head, step = _from_smp(decoder, encoder, backbone, classes, decoder_options or {})
-    if encoder_padding != "zeros":  # as built, even where that cannot be changed
+        _pad_decoder(decoder, nn.Sequential(body, head), decoder_padding)
+    if encoder_padding != "zeros":  # zeros is how it was built, even where padding cannot be changed
         set_padding(backbone, encoder_padding)
-    for layers in (body, head):
-        _pad_decoder(layers, decoder_padding)
 
-    # at a size that leaves one cell, which is broadcast over a shortcut, maps that do not fit each other pass
+    # tried at a large size: where maps shrink to one cell, broadcasting would hide that they do not fit
     if encoder_padding == "valid" and not takes(backbone, LARGEST):
         raise ValueError(
-            f"encoder {encoder!r} cannot do without its padding (encoder_padding 'valid'): its maps no longer fit each "
-            "other, as where a shortcut goes around a convolution. Use encoder_padding zeros, reflect, replicate or "
+            f"encoder {encoder!r} cannot work without padding (encoder_padding 'valid'): its maps no longer fit each "
+            "other, as where a shortcut skips a convolution. Use encoder_padding zeros, reflect, replicate or "
             "circular, or an encoder without shortcuts, such as 'smp:vgg16'"
         )
-    needs = {}
+    smallest: dict[str, int | None] = {}
     if encoder_padding != "valid" or alignment == "stretch":
         part = f"encoder {encoder!r} with encoder_padding {encoder_padding!r}"
-        needs[part] = _smallest(part, backbone, image_size, step)
+        smallest[part] = _smallest(backbone, image_size, step)
     with as_built(backbone):
         part = f"decoder {decoder!r} on {encoder!r} with decoder_padding {decoder_padding!r}"
-        needs[part] = _smallest(part, nn.Sequential(backbone, body, head), image_size, step)
-    _check_size(image_size, step, needs)
+        smallest[part] = _smallest(nn.Sequential(backbone, body, head), image_size, step)
+    _check_size(image_size, step, smallest)
     return DenseNetwork(backbone, body, head, image_size, alignment)
 
 
 def _load(encoder: str, options: dict[str, Any] | None, weights: str, padding: str, seed: int) -> nn.Module:
     if not encoder.startswith("smp:"):
-        raise ValueError(f"encoder {encoder!r}: the tasks' networks are built on smp encoders, such as 'smp:vgg16'")
+        raise ValueError(f"encoder {encoder!r}: the tasks need an encoder of smp, such as 'smp:vgg16'")
     return load_encoder(encoder, weights, padding, seed, options).train()
 
 
 def _linear(encoder: Any, classes: int, image_size: int, options: dict[str, Any]) -> tuple[nn.Module, nn.Module, int]:
-    """The padding-free decoder, its head, and what the image size must be a multiple of."""
+    """The padding-free decoder, its head, and the number that the image size must be a multiple of."""
     for option in options:
         check_name(option, ["width"], "option of decoder 'linear'")
     decoder = LinearDecoder(encoder.out_channels, image_size // 2, **options)
@@ -217,124 +251,95 @@ def _linear(encoder: Any, classes: int, image_size: int, options: dict[str, Any]
 
 
 def _from_smp(
-    arch: str, name: str, encoder: Any, classes: int, options: dict[str, Any]
+    arch: str, encoder_name: str, encoder: Any, classes: int, options: dict[str, Any]
 ) -> tuple[nn.Module, nn.Module, int]:
-    """smp's decoder and head for this very encoder, and what the image size must be a multiple of.
+    """smp's decoder and head for this encoder, and the number that the image size must be a multiple of.
 
-    A decoder that wants a dilated encoder (DeepLabV3+) dilates it.
+    A decoder that needs a dilated encoder (DeepLabV3+) dilates it in place.
     """
     model_class = smp.MODEL_ARCHITECTURES_MAPPING[arch]
-    ours = {"self", "encoder_name", "encoder_depth", "encoder_weights", "in_channels", "classes", "kwargs"}
-    known = inspect.signature(model_class.__init__).parameters.keys() - ours - {"activation", "aux_params"}
+    fixed = {"self", "encoder_name", "encoder_depth", "encoder_weights", "in_channels", "classes", "kwargs"}
+    known = inspect.signature(model_class.__init__).parameters.keys() - fixed - {"activation", "aux_params"}
     for option in options:
         check_name(option, sorted(known), f"option of decoder {arch!r}")
     depth = len(encoder.out_channels) - 1
-    # as smp has them, for an encoder of another depth than smp's default
+    # smp's defaults fit its default depth alone; these are the same for any depth
     defaults: dict[str, dict[str, Any]] = {
         "unet": {"decoder_channels": (256, 128, 64, 32, 16)[-depth:]},
         "fpn": {"upsampling": 2 ** (depth - 3)},
         "pspnet": {"upsampling": 2**depth},
     }
 
-    def hand_over(name: str, *, output_stride: int = 32, **_: Any) -> nn.Module:
+    def give_encoder(name: str, *, output_stride: int = 32, **_: Any) -> nn.Module:
         if output_stride != 32:
             if not hasattr(encoder, "make_dilated"):
-                raise NotImplementedError(f"{type(encoder).__name__} cannot be dilated once it is built.")
+                raise ValueError(f"{type(encoder).__name__} cannot be dilated once it is built.")
             encoder._output_stride = output_stride
             encoder.make_dilated(output_stride)
         return encoder
 
-    module = sys.modules[model_class.__module__]
-    get_encoder, module.get_encoder = module.get_encoder, hand_over  # type: ignore[attr-defined]
+    module = sys.modules[model_class.__module__]  # smp's model would build an encoder without encoder_options
+    get_encoder, module.get_encoder = module.get_encoder, give_encoder  # type: ignore[attr-defined]
     try:
         model = model_class(
-            name.removeprefix("smp:"),
+            encoder_name.removeprefix("smp:"),
             encoder_depth=depth,
             encoder_weights=None,
             classes=classes,
             **{**defaults.get(arch, {}), **options},
         )
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # smp's encoders that cannot be dilated raise the latter
         way_out = ", or an encoder that can be dilated, such as 'smp:resnet18'" if arch == "deeplabv3plus" else ""
         raise ValueError(
-            f"decoder {arch!r} cannot stand on encoder {name!r}: {error or 'not implemented'} Use another decoder "
-            f"({', '.join(d for d in DECODERS if d != arch)}){way_out}"
+            f"decoder {arch!r} does not work with encoder {encoder_name!r}: {error or 'smp does not support it.'} Use "
+            f"another decoder ({', '.join(d for d in DECODERS if d != arch)}){way_out}"
         ) from error
     finally:
         module.get_encoder = get_encoder  # type: ignore[attr-defined]
     return model.decoder, model.segmentation_head, encoder.output_stride if model.requires_divisible_input_shape else 1
 
 
-def _pad_decoder(decoder: nn.Module, mode: str) -> None:
-    """Changes how a decoder pads, in place. Its padded convolutions must keep the size of their input."""
+def _pad_decoder(name: str, layers: nn.Module, mode: str) -> None:
+    """Changes how an smp decoder pads, in place; raises ValueError for a mode that it cannot have."""
+    if mode == "valid":
+        raise ValueError(
+            f"decoder_padding 'valid' with decoder {name!r}: smp's decoders need maps that keep their size. Use "
+            "decoder 'linear', which has no padding, or decoder_padding zeros, reflect, replicate or circular"
+        )
     if mode == "zeros":
         return
-    padded = [decoder.get_submodule(row.layer) for row in list_padding(decoder)]
-    set_padding(decoder, mode)
-    if mode == "valid":
-        for layer in padded:
-            layer.register_forward_hook(_stretch_back)
-    for layer in decoder.modules():
-        if isinstance(layer, nn.ConvTranspose2d):
-            layer.__class__ = _BorderedTranspose
-            layer.padding_mode = mode  # type: ignore[assignment]
-
-
-def _stretch_back(conv: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-    return _resize(output, args[0].shape[-1])
-
-
-class _BorderedTranspose(nn.ConvTranspose2d):
-    """A transposed convolution whose border cells are as complete as the others: (B, C, n, n) -> (B, D, sn, sn).
-
-    Zero padding is implicit in a transposed convolution: outside its input is nothing. Here the input goes on for a
-    cell in ``padding_mode``; or (``"valid"``) the incomplete cells are left out, and the rest stretched. For kernels of
-    stride + 2 padding, padding at most the stride, without dilation.
-    """
-
-    def forward(self, maps: Tensor, output_size: list[int] | None = None) -> Tensor:
-        stride, crop = self.stride[0], int(self.padding[0])
-        if self.padding_mode == "valid":
-            weight = _without_checkerboard(self.weight, stride)
-            return _resize(F.conv_transpose2d(maps, weight, self.bias, stride, 2 * crop), stride * maps.shape[-1])
-        further = F.pad(maps, (1, 1, 1, 1), mode=self.padding_mode)
-        return F.conv_transpose2d(further, self.weight, self.bias, stride, crop + stride)
-
-
-def _without_checkerboard(kernel: Tensor, stride: int) -> Tensor:
-    """The nearest kernel (C, D, k, k) by which a constant map gives a constant one.
-
-    A transposed convolution's output cells take turns in the parts of the kernel that they see. A checkerboard of
-    parts with different sums, once stretched, would beat against the borders and so tell where they are.
-    """
-    parts = kernel.unflatten(3, (-1, stride)).unflatten(2, (-1, stride))  # (C, D, tap, part, tap, part)
-    sums = parts.mean((2, 4), keepdim=True)
-    return (parts - sums + sums.mean((3, 5), keepdim=True)).flatten(4, 5).flatten(2, 3)
-
-
-def _smallest(part: str, network: nn.Module, image_size: int, step: int) -> int:
-    """0 if the network takes the multiple of ``step`` up to the image size, else the smallest one that it takes."""
-    if takes(network, image_size // step * step):
-        return 0
-    smallest = smallest_image(network, LARGEST, step)
-    if smallest is None:
+    if any(isinstance(layer, nn.ConvTranspose2d) for layer in layers.modules()):
         raise ValueError(
-            f"{part} works at no image size up to {LARGEST} px: use another padding mode, or other options"
+            f"decoder_padding {mode!r} with decoder {name!r}: its transposed convolutions always see zeros outside the "
+            "map. Use decoder_padding zeros, or another decoder, such as 'unet'"
         )
-    return smallest
+    set_padding(layers, mode)
 
 
-def _check_size(image_size: int, step: int, needs: dict[str, int]) -> None:
-    """Raises ValueError if a part needs a larger image than this, or the decoder one that it can divide."""
-    worst = max(needs, key=needs.__getitem__)
+def _smallest(network: nn.Module, image_size: int, step: int) -> int | None:
+    """0 if the network takes the largest multiple of ``step`` up to the image size.
+
+    Otherwise the smallest multiple that it takes; None if there is none up to 2048 px.
+    """
+    return 0 if takes(network, image_size // step * step) else smallest_image(network, LARGEST, step)
+
+
+def _check_size(image_size: int, step: int, smallest: dict[str, int | None]) -> None:
+    """Raises ValueError if a part needs a larger image, or the image size is no multiple of ``step``."""
+    for part, size in smallest.items():
+        if size is None:
+            raise ValueError(
+                f"{part} works at no image size up to {LARGEST} px: use another padding mode, or other options"
+            )
+    worst = max(smallest, key=lambda part: smallest[part] or 0)
     below = image_size // step * step
-    if below < needs[worst]:
+    if smallest[worst]:
         raise ValueError(
             f"a {image_size} x {image_size} image is too small for {worst}: the smallest that works is "
-            f"{needs[worst]} x {needs[worst]}. Use larger images, or padding that keeps the maps' size (zeros)"
+            f"{smallest[worst]} x {smallest[worst]}. Use larger images, or padding that keeps the maps' size (zeros)"
         )
     if below < image_size:
         raise ValueError(
-            f"image_size {image_size} is no multiple of {step}, the stride that smp's decoder undoes: the nearest that "
-            f"work are {below} and {below + step}"
+            f"image_size {image_size} is no multiple of {step}, the stride of this encoder, as the decoder needs: the "
+            f"nearest that work are {below} and {below + step}"
         )

@@ -16,10 +16,10 @@ from tasks.metrics import SaliencyScores, StructureScores
 
 
 class SaliencyTask(DenseTask):
-    """Predicts which pixels are salient; logs F-measures (beta^2 = .3) and ``mae``, at test S- and E-measure too.
+    """Predicts which pixels are salient; logs ``max_fmeasure`` and ``mae``, at test also S- and E-measure.
 
-    Batches need ``image`` (B, 3, S, S) and ``mask`` (B, 1, S, S) in [0, 1]. Loss: binary cross-entropy + Dice. The
-    position-only baseline is the mean training mask.
+    Batches need ``image`` (B, 3, S, S) and ``mask`` (B, 1, S, S) in [0, 1]. The loss is binary cross-entropy plus Dice.
+    The position-only baseline is the mean training mask.
 
     Args:
         options: see :class:`~tasks.base.DenseTask`.
@@ -35,11 +35,11 @@ class SaliencyTask(DenseTask):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logits, target) + self.dice(logits, target)
 
-    def scored(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def predictions(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return logits.sigmoid()[:, 0], target[:, 0]
 
     def position_logits(self, targets: Iterable[Tensor]) -> Tensor:
-        total, n = torch.zeros(()), 0
+        total, count = torch.zeros(()), 0
         for masks in targets:
-            total, n = total + masks.double().sum(0), n + len(masks)
-        return torch.logit((total / n).float(), 1e-6)
+            total, count = total + masks.double().sum(0), count + len(masks)
+        return torch.logit((total / count).float(), 1e-6)

@@ -15,16 +15,16 @@ from tasks.base import DenseTask
 
 
 class SegmentationTask(DenseTask):
-    """Predicts every pixel's class; logs ``miou``, the mean over classes of the intersection over union.
+    """Predicts the class of every pixel; logs ``miou``, the intersection over union (IoU) averaged over classes.
 
-    At test the IoU of each class is logged as ``test/iou_NAME``. A class that neither labels nor predictions have does
-    not count. Batches need ``image`` (B, 3, S, S) and ``labels`` (B, S, S), int64. Loss: cross-entropy. The
-    position-only baseline is each pixel's most frequent class in the training labels.
+    At test, the IoU of each class is logged as ``test/iou_NAME``. A class that occurs neither in labels nor in
+    predictions does not count. Batches need ``image`` (B, 3, S, S) and ``labels`` (B, S, S), int64. The loss is
+    cross-entropy. The position-only baseline predicts each pixel's most frequent class in the training labels.
 
     Args:
         classes: names of the classes, or their number.
         ignore_index: label of pixels that count neither in the loss nor in the scores.
-        class_weights: of the loss, one a class.
+        class_weights: weight of each class in the loss.
         options: see :class:`~tasks.base.DenseTask`.
     """
 
@@ -53,10 +53,10 @@ class SegmentationTask(DenseTask):
 
     def setup(self, stage: str) -> None:
         data = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
-        ours = len(self.names), self.ignore_index
-        if data not in (None, ours):
+        task = len(self.names), self.ignore_index
+        if data not in (None, task):
             raise ValueError(
-                f"the data have {data[0]} classes and ignore the label {data[1]}, the task {ours[0]} and {ours[1]}: "
+                f"the data have {data[0]} classes and ignore the label {data[1]}, the task {task[0]} and {task[1]}: "
                 "give both the same classes and ignore_index"
             )
 
@@ -66,7 +66,7 @@ class SegmentationTask(DenseTask):
         counted = (target != self.ignore_index).float()
         if weights is not None:
             counted = counted * weights[target.clamp(0, len(weights) - 1)]
-        return total / counted.sum().clamp_min(1e-6)  # torch's mean would be NaN where every pixel is ignored
+        return total / counted.sum().clamp_min(1e-6)  # torch's mean is NaN if every pixel is ignored
 
     def position_logits(self, targets: Iterable[Tensor]) -> Tensor:
         counts = torch.zeros(())

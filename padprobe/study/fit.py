@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 
 class _CLI(LightningCLI):
-    """LightningCLI with ``--run NAME``: where checkpoints go."""
+    """LightningCLI with ``--run NAME``, which names the folder of checkpoints."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -24,6 +24,13 @@ class _CLI(LightningCLI):
             default=None,
             help="Name of the run: its checkpoints go to checkpoints/NAME, and --ckpt_path last resumes from there.",
         )
+
+    def before_instantiate_classes(self) -> None:
+        if self._get(self.config, "lr_scheduler") and not self._get(self.config, "optimizer"):
+            raise ValueError(
+                "--lr_scheduler without --optimizer, which LightningCLI would ignore: give both, for example "
+                "--optimizer torch.optim.AdamW"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer, run = super().instantiate_trainer(**kwargs), self._get(self.config, "run")
@@ -37,12 +44,12 @@ class _CLI(LightningCLI):
         return trainer
 
     def _check_resumed(self, folder: Path) -> None:
-        """Raises ValueError unless what is asked for is to go on with the run whose checkpoints lie in ``folder``."""
+        """Raises ValueError unless the options resume the run whose checkpoints are in ``folder``."""
         resumed, last = self._get(self.config, "ckpt_path"), folder / "last.ckpt"
         if not resumed:
             raise ValueError(
-                f"{str(folder)!r} has checkpoints of an earlier run: resume it with --ckpt_path last, or give this "
-                "one another name with --run"
+                f"{str(folder)!r} has checkpoints of an earlier run: resume it with --ckpt_path last, or name this run "
+                "differently with --run"
             )
         if resumed != "last" or not last.is_file():
             return
@@ -51,8 +58,8 @@ class _CLI(LightningCLI):
         for key in now.keys() & earlier.keys():
             if now[key] != earlier[key]:
                 raise ValueError(
-                    f"{str(last)!r} is of a run with {key} {earlier[key]!r}, and now it is {now[key]!r}: resume it as "
-                    "it was, or give this one another name with --run"
+                    f"{str(last)!r} is of a run with {key} {earlier[key]!r}, and now it is {now[key]!r}: resume it "
+                    "with the same options, or name this run differently with --run"
                 )
 
 
@@ -60,10 +67,10 @@ def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Cal
     """LightningCLI in subclass mode: model, data and callbacks by ``class_path``, as YAML or options.
 
     Args:
-        args: options, as on the command line; with ``run``, a subcommand (fit, validate, test, predict) before them.
-        run: whether to run the subcommand, or only to build trainer, model and data; a bad option then raises
-            ``jsonargparse.ArgumentError`` where it would else end the program.
-        callbacks: added to those of the config.
+        args: options, as on the command line; with ``run``, after a subcommand (fit, validate, test, predict).
+        run: whether to run the subcommand, or only to build trainer, model and data. In the second case a bad option
+            raises ``jsonargparse.ArgumentError`` instead of ending the program.
+        callbacks: added to the callbacks of the config.
     """
     defaults: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
     return _CLI(
@@ -79,10 +86,10 @@ def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Cal
 
 
 def check_data(path: str | Path) -> list[str]:
-    """What the data module of a training config finds wrong with its files: a line for each problem.
+    """What is wrong with the files of a training config's data module: one line per problem.
 
     Raises:
-        ValueError: for a config that is not there or has no data, or data that cannot check themselves.
+        ValueError: for a config that does not exist or has no data, or a data module without ``check``.
     """
     if not Path(path).is_file():
         raise ValueError(f"no config {str(path)!r}")
@@ -96,5 +103,5 @@ def check_data(path: str | Path) -> list[str]:
     except Exception as error:
         raise ValueError(f"config {str(path)!r}: {error}") from error
     if not callable(getattr(data, "check", None)):
-        raise ValueError(f"config {str(path)!r}: {type(data).__name__} has no check(), which lists what is wrong")
+        raise ValueError(f"config {str(path)!r}: {type(data).__name__} has no check() that lists problems")
     return data.check()

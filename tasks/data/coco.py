@@ -1,4 +1,4 @@
-"""COCO's format: instances or stuff as semantic labels, or as what is salient."""
+"""Data sets in COCO's format, as semantic labels or saliency masks."""
 
 from __future__ import annotations
 
@@ -20,24 +20,31 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class CocoLabels:
-    """One image's annotations as a label map.
+    """The annotations of one image as a label map.
 
-    Semantic: (H, W) uint8, 0 where there is none, else 1 + the place of the category; where instances overlap, the
-    smaller one lies on top; the pixels of a crowd that nothing else covers are 255, to be ignored. Saliency: (H, W)
-    float32, 1 on every instance, crowds as well.
+    Semantic: (H, W) uint8, 0 for the background, otherwise 1 + the index of the category. Where instances overlap, the
+    smaller one is on top. Pixels of a crowd that nothing else covers are 255, to be ignored. Saliency: (H, W) float32,
+    1 on all instances and crowds.
+
+    Attributes:
+        source: names the file and the image in messages.
+        size: (H, W).
+        annotations: COCO's annotations of the image, of the categories in ``indices``.
+        indices: index of each category, by its COCO id.
+        salient: whether to return a saliency mask.
     """
 
     source: str
     size: tuple[int, int]
     annotations: list[dict[str, Any]] = field(repr=False)
-    places: dict[int, int] = field(repr=False)
+    indices: dict[int, int] = field(repr=False)
     salient: bool
 
     def __call__(self) -> np.ndarray:
         labels = np.zeros(self.size, np.uint8)
         shapes = [(annotation, self._pixels(annotation)) for annotation in self.annotations]
         for annotation, pixels in sorted(shapes, key=lambda s: (not s[0].get("iscrowd"), -s[1].sum())):
-            label = IGNORE if annotation.get("iscrowd") else 1 + self.places[annotation["category_id"]]
+            label = IGNORE if annotation.get("iscrowd") else 1 + self.indices[annotation["category_id"]]
             labels[pixels] = label
         return (labels > 0).astype(np.float32) if self.salient else labels
 
@@ -52,8 +59,9 @@ class CocoLabels:
                 shape = mask.frPyObjects(shape, *self.size)
             pixels = mask.decode(shape).astype(bool)
         except Exception as error:  # pycocotools raises bare Exceptions
-            what = f"annotation {annotation['id']} cannot be read: {type(error).__name__} {error}"
-            raise ValueError(f"{self.source}: {what}") from error
+            raise ValueError(
+                f"{self.source}: annotation {annotation['id']} cannot be read: {type(error).__name__} {error}"
+            ) from error
         if pixels.shape != self.size:
             raise ValueError(
                 f"{self.source}: annotation {annotation['id']} is {pixels.shape[1]} x {pixels.shape[0]} px, its image "
@@ -63,17 +71,17 @@ class CocoLabels:
 
 
 class CocoData(DenseData):
-    """A data set in COCO's format, as semantic labels (the background and every category) or saliency masks.
+    """A data set in COCO's format, as semantic labels (the background and each category) or saliency masks.
 
     Args:
-        root: the data set's folder; environment variables are filled in.
-        train: JSON file of annotations (instances or stuff) below ``root``.
-        test: likewise.
-        train_images: folder of images below ``root``.
-        test_images: likewise.
-        categories: names of the categories to use, in the order of their classes 1, 2, ...; default: all of the
-            training file, by id. What belongs to others is background.
-        target: ``"labels"`` or, without categories, ``"mask"``: what is on any instance.
+        root: folder of the data set; may contain environment variables.
+        train: JSON file of the training annotations (instances or stuff) below ``root``.
+        test: JSON file of the test annotations below ``root``.
+        train_images: folder of the training images below ``root``.
+        test_images: folder of the test images below ``root``.
+        categories: names of the categories to use, in the order of their classes 1, 2, ...; default: all categories in
+            the training file, in the order of their ids. All other categories are background.
+        target: ``"labels"``, or ``"mask"``: a pixel is salient if it belongs to any instance of the categories.
         options: see :class:`~tasks.data.dense.DenseData`. Validation images are held out from ``train``.
     """
 
@@ -113,16 +121,18 @@ class CocoData(DenseData):
         return 1 + len(names), IGNORE
 
     def _categories(self, path: Path) -> tuple[list[str], dict[str, int]]:
-        """The names of the categories to use, in the order of their classes, and the ids of all that a file lists."""
+        """The names of the categories to use, in the order of their classes, and the id of each category in a file."""
         listed = sorted(self._open(path).cats.items())
         ids = {category["name"]: i for i, category in listed}
         if len(ids) < len(listed):
             names = [category["name"] for _, category in listed]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{path}: two categories are called {twice!r}")
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path}: two categories are called {repeated!r}")
         names = list(ids) if self.categories is None else list(self.categories)
         if len(names) >= IGNORE:
-            raise ValueError(f"{path}: has {len(names)} categories; expected at most {IGNORE - 1}: name those to use")
+            raise ValueError(
+                f"{path}: has {len(names)} categories; expected at most {IGNORE - 1}: choose with `categories`"
+            )
         return names, ids
 
     def _load(self, path: Path, images: Path, names: list[str]) -> tuple[list[Sample], list[str]]:
@@ -132,26 +142,24 @@ class CocoData(DenseData):
         samples, problems = [], []
         if self.categories is None:
             problems = [f"{path}: the training annotations have no category {n!r}" for n in ids.keys() - set(names)]
-        places = {ids[name]: place for place, name in enumerate(names)}
+        indices = {ids[name]: index for index, name in enumerate(names)}
         for i, image in sorted(coco.imgs.items()):
-            lacking = [key for key in ("file_name", "height", "width") if key not in image]
-            if lacking:
-                problems.append(f"{path}: image {i} lacks {', '.join(lacking)}")
+            missing = [key for key in ("file_name", "height", "width") if key not in image]
+            if missing:
+                problems.append(f"{path}: image {i} has no {', '.join(missing)}")
                 continue
-            found = coco.imgToAnns.get(i, [])
+            annotations = coco.imgToAnns.get(i, [])
             source = f"{path} (image {i}, {image['file_name']})"
             problems += [
                 f"{source}: annotation {a['id']} has the category {a['category_id']}, which the file does not list"
-                for a in found
+                for a in annotations
                 if a["category_id"] not in coco.cats
             ]
-            used = [a for a in found if a["category_id"] in places]
-            size = (image["height"], image["width"])
-            samples.append(
-                Sample(images / image["file_name"], CocoLabels(source, size, used, places, self.key == "mask"))
-            )
-        strangers = sorted({a["image_id"] for a in coco.anns.values()} - set(coco.imgs))
-        problems += [f"{path}: annotations of the image {i}, which the file does not list" for i in strangers]
+            used = [a for a in annotations if a["category_id"] in indices]
+            labels = CocoLabels(source, (image["height"], image["width"]), used, indices, self.key == "mask")
+            samples.append(Sample(images / image["file_name"], labels))
+        unlisted = sorted({a["image_id"] for a in coco.anns.values()} - set(coco.imgs))
+        problems += [f"{path}: annotations of the image {i}, which the file does not list" for i in unlisted]
         if not samples:
             problems.append(f"{path}: has no images")
         return samples, problems
@@ -161,9 +169,9 @@ class CocoData(DenseData):
         from pycocotools.coco import COCO
 
         if not path.is_file():
-            raise ValueError(f"no annotations {str(path)!r}")
+            raise ValueError(f"no annotation file {str(path)!r}")
         if path not in self._files:
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells how long it took
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints how long it took
                 try:
                     self._files[path] = COCO(str(path))
                 except (ValueError, KeyError, TypeError, AssertionError) as error:

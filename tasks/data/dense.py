@@ -1,8 +1,10 @@
-"""What the data modules share whose images have a map of labels each: transforms, splits, loaders, the check."""
+"""Data modules with a label map per image: transforms, splits, loaders and the check of all files."""
 
 from __future__ import annotations
 
+import itertools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from padprobe.network.tap import center_crop
 from tasks.data.files import Sample, check_samples, read_image
 from tasks.data.order import ShuffleByEpoch, seed_of
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise its import looks for updates on the network
 
 import albumentations as A
 import cv2
@@ -25,21 +27,22 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 class DenseDataset(Dataset[dict[str, Any]]):
-    """Images with a map of labels each, resized (squashed) and augmented together.
+    """Images and their label maps, augmented and resized together; the aspect ratio is not kept.
 
-    Items are dictionaries: ``image`` float32 (3, S + 2 context, ...), and the label map under ``key``: ``mask`` float32
-    (1, S, S) in [0, 1], or ``labels`` int64 (S, S), of the image's central S x S px.
+    Items are dictionaries: ``image`` float32 (3, S + 2 context, S + 2 context), and the label map of the image's
+    central S x S px under ``key``: ``mask`` float32 (1, S, S) in [0, 1], or ``labels`` int64 (S, S).
 
     Args:
-        samples: where images and label maps come from.
+        samples: files of images and label maps.
         key: ``"mask"`` or ``"labels"``.
         image_size: S in pixels.
-        context: pixels that the image shows beyond each side of what is labelled.
-        augment: albumentations transforms, drawn anew for every item: from seed, epoch and index, so that a resumed
-            training draws what it would have drawn; from torch's random state where nobody sets ``epoch`` (it is -1).
-        normalize: whether to subtract ImageNet's mean and divide by its standard deviation; else in [0, 1].
-        blind: leave the images out: label maps alone.
-        seed: of the augmentation.
+        context: width in pixels of the margin around the labelled area that the image also shows.
+        augment: albumentations transforms. Their random numbers depend on seed, epoch and index, so that a resumed
+            training draws the same ones; or on torch's random state if no sampler sets ``epoch`` (it is then -1).
+        normalize: whether to subtract ImageNet's mean and divide by its standard deviation; if not, values are in
+            [0, 1].
+        blind: whether to leave out the images and return only label maps.
+        seed: seed of the augmentation.
     """
 
     def __init__(
@@ -68,40 +71,42 @@ class DenseDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
-        truth = sample.read()
-        image = np.zeros((*truth.shape, 3), np.uint8) if self.blind else read_image(sample.image)
+        label_map = sample.read()
+        image = np.zeros((*label_map.shape, 3), np.uint8) if self.blind else read_image(sample.image)
         if self.random:
             epoch = int(self.epoch)
-            drawn = int(torch.randint(2**31, ())) if epoch < 0 else seed_of(self.seed, epoch, index)
-            self.transform.set_random_seed(drawn)
-        done = self.transform(image=image, mask=truth)
-        labels = center_crop(torch.from_numpy(done["mask"]), self.image_size)
+            seed = int(torch.randint(2**31, ())) if epoch < 0 else seed_of(self.seed, epoch, index)
+            self.transform.set_random_seed(seed)
+        result = self.transform(image=image, mask=label_map)
+        labels = center_crop(torch.from_numpy(result["mask"]), self.image_size)
         item = {self.key: labels.long() if self.key == "labels" else labels[None].float()}
-        return item if self.blind else item | {"image": torch.from_numpy(done["image"]).permute(2, 0, 1)}
+        return item if self.blind else item | {"image": torch.from_numpy(result["image"]).permute(2, 0, 1)}
 
 
-class DenseData(LightningDataModule):
-    """Training, validation and test images with a map of labels each. Subclasses say where they are: ``samples``.
+class DenseData(LightningDataModule, ABC):
+    """Training, validation and test images with a label map each. Subclasses define ``samples``, which lists the files.
 
     Args:
-        image_size: S, the side of what is labelled, in pixels.
-        context: pixels that the image shows beyond each side of what is labelled, for a network with ``alignment:
-            context``. All networks that are compared should have the same: it decides what is labelled.
-        batch_size: images a step.
-        num_workers: processes that read images.
-        limit: at most so many images of each split, a random sample.
-        augment: albumentations transforms of the training images and their labels, before they are resized. Those that
-            make new borders (rotations, shifts) fill them with label 0 unless they are told another ``fill_mask``.
-        normalize: whether to subtract ImageNet's mean and divide by its standard deviation; else in [0, 1].
-        holdout: share of the training images to validate on, where the data set has no validation images of its own.
+        image_size: S, the side of the labelled area, in pixels.
+        context: width in pixels of the margin around the labelled area that the image also shows, for a network with
+            ``alignment: context``. Use the same value for all networks that you compare: it decides which area is
+            labelled.
+        batch_size: images per step.
+        num_workers: number of processes that read images.
+        limit: largest number of images in a split; a larger split is sampled at random.
+        augment: albumentations transforms of the training images and their labels, before they are resized. Transforms
+            that create new borders (rotations, shifts) fill them with label 0 unless they are given a ``fill_mask``.
+        normalize: whether to subtract ImageNet's mean and divide by its standard deviation; if not, values are in
+            [0, 1].
+        holdout: share of the training images to validate on, if the data set has no validation images.
         check_files: whether to read every file before training, and refuse to start if one is bad.
-        seed: of samples, held-out images, training order and augmentation (of several processes: the last two are
-            ``seed_everything``'s).
+        seed: seed of the sampling by ``limit``, the held-out images, the training order and the augmentation. With
+            several processes, the last two depend on ``seed_everything`` instead.
     """
 
     key: str
     labels: tuple[int, int] | None = None
-    """The number of classes and the label to ignore, where the data have classes."""
+    """The number of classes and the label to ignore, if the data have classes."""
 
     def __init__(
         self,
@@ -125,67 +130,65 @@ class DenseData(LightningDataModule):
             if value < least:
                 raise ValueError(f"{name} is {value}; expected {least} or more")
         if not 0 < holdout < 1 or (limit is not None and limit < 1):
-            raise ValueError(f"holdout is {holdout} and limit {limit}; expected a share in (0, 1) and 1 or more images")
+            raise ValueError(f"holdout is {holdout} and limit {limit}; expected a share in (0, 1) and at least 1 image")
         self.image_size, self.context, self.normalize, self.augment = image_size, context, normalize, augment
         self.batch_size, self.num_workers, self.limit, self.seed = batch_size, num_workers, limit, seed
-        self.holdout, self._unchecked = holdout, check_files
+        self.holdout, self._check_files = holdout, check_files
         self._splits: dict[str, list[Sample]] = {}
 
+    @abstractmethod
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:
-        """All samples of ``"train"``, ``"val"`` (may be none) or ``"test"``, and a line for every problem seen."""
-        raise NotImplementedError
+        """All samples of ``"train"``, ``"val"`` (may be empty) or ``"test"``, and one line for each problem seen."""
 
     def check(self) -> list[str]:
-        """A line, which names a path, for everything that is wrong with any file of any split; reads them all."""
+        """Reads all files of all splits; one line, which names a path, for each problem."""
         problems: list[str] = []
-        found: dict[str, set[Path]] = {}
+        images: dict[str, set[Path]] = {}
         for split in ("train", "val", "test"):
-            samples, wrong = self.samples(split)
-            problems += wrong + check_samples(samples)
-            for other, images in found.items():
-                if both := sorted(images & {sample.image for sample in samples}):
-                    problems.append(f"{both[0]}: is in {other} and in {split}, as {len(both)} images are")
-            found[split] = {sample.image for sample in samples}
+            samples, split_problems = self.samples(split)
+            problems += split_problems + check_samples(samples)
+            images[split] = {sample.image for sample in samples}
+        for first, second in itertools.combinations(images, 2):
+            if shared := sorted(images[first] & images[second]):
+                problems.append(f"{shared[0]}: is in {first} and in {second} ({len(shared)} such images)")
         return list(dict.fromkeys(problems))
 
     def prepare_data(self) -> None:
-        problems = self.check() if self._unchecked else []
+        problems = self.check() if self._check_files else []
         if problems:
             more = f"\n... and {len(problems) - 20} more" * (len(problems) > 20)
             raise ValueError(f"{len(problems)} problems with the data:\n" + "\n".join(problems[:20]) + more)
-        self._unchecked = False
+        self._check_files = False  # Lightning calls this before every fit and test
 
     def split(self, name: str) -> list[Sample]:
-        """The samples to use of ``"train"``, ``"val"`` or ``"test"``."""
+        """The samples that ``"train"``, ``"val"`` or ``"test"`` uses, after holding out and sampling."""
         if not self._splits:
-            found = {split: self.samples(split)[0] for split in ("train", "val", "test")}
-            if not found["val"]:
-                order = np.random.default_rng(self.seed).permutation(len(found["train"]))
+            splits = {split: self.samples(split)[0] for split in ("train", "val", "test")}
+            if not splits["val"]:
+                order = np.random.default_rng(self.seed).permutation(len(splits["train"]))
                 held = set(order[: max(1, round(self.holdout * len(order)))].tolist())
-                found["val"] = [sample for i, sample in enumerate(found["train"]) if i in held]
-                found["train"] = [sample for i, sample in enumerate(found["train"]) if i not in held]
-            for split, samples in found.items():
+                splits["val"] = [sample for i, sample in enumerate(splits["train"]) if i in held]
+                splits["train"] = [sample for i, sample in enumerate(splits["train"]) if i not in held]
+            for split, samples in splits.items():
                 if self.limit is not None and self.limit < len(samples):
                     chosen = np.random.default_rng(self.seed).choice(len(samples), self.limit, replace=False)
-                    found[split] = [samples[i] for i in sorted(chosen)]
-            self._splits = found
+                    splits[split] = [samples[i] for i in sorted(chosen)]
+            self._splits = splits
         return self._splits[name]
 
     def dataset(self, split: str, augment: Sequence[A.BasicTransform] = (), blind: bool = False) -> DenseDataset:
-        """A split's images and label maps."""
+        """The images and label maps of a split."""
         options = (self.image_size, self.context, augment, self.normalize, blind, self.seed)
         return DenseDataset(self.split(split), self.key, *options)
 
     def _loader(self, dataset: DenseDataset, **options: Any) -> DataLoader:
-        persistent = self.num_workers > 0
-        return DataLoader(
-            dataset, self.batch_size, num_workers=self.num_workers, persistent_workers=persistent, **options
-        )
+        options |= {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return DataLoader(dataset, self.batch_size, **options)
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.dataset("train", self.augment)
         if len(dataset) < self.batch_size:
-            raise ValueError(f"batch_size is {self.batch_size}, and there are {len(dataset)} images to train on")
+            raise ValueError(f"batch_size is {self.batch_size}, but there are only {len(dataset)} training images")
         return self._loader(dataset, sampler=ShuffleByEpoch(dataset, self.seed), drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -195,5 +198,5 @@ class DenseData(LightningDataModule):
         return self._loader(self.dataset("test"))
 
     def label_dataloader(self) -> DataLoader:
-        """The training images' label maps alone, in order: what position alone can know."""
+        """The label maps of the training images, in order, for the position-only baseline."""
         return self._loader(self.dataset("train", blind=True))

@@ -1,4 +1,4 @@
-"""Images with a map of labels each: pairing, reading, and a listing of everything that is wrong with them."""
+"""Images and their label maps in files: pairs them, reads them, and lists everything that is wrong with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Masks = Literal["binary", "threshold", "graded"]
 
 
 class Sample(NamedTuple):
-    """An image and its label map: ``read()`` gives (H, W), and raises a ValueError or OSError that names its source."""
+    """An image and its label map: ``read()`` returns (H, W), or raises a ValueError or OSError that names the file."""
 
     image: Path
     read: Callable[[], np.ndarray]
@@ -33,7 +33,7 @@ class LabelFile:
     Args:
         path: 8-bit grey or palette image.
         classes: number of classes; labels are 0 .. classes - 1.
-        ignore_index: the label of pixels that have none.
+        ignore_index: value of pixels without a label.
     """
 
     path: Path
@@ -42,11 +42,11 @@ class LabelFile:
 
     def __call__(self) -> np.ndarray:
         labels = _read_grey(self.path, ("L", "P", "1"))
-        strange = sorted(set(np.unique(labels).tolist()) - {*range(self.classes), self.ignore_index})
-        if strange:
+        unknown = sorted(set(np.unique(labels).tolist()) - {*range(self.classes), self.ignore_index})
+        if unknown:
             raise ValueError(
-                f"{self.path}: has the label{'s' * (len(strange) > 1)} {', '.join(map(str, strange[:5]))}; expected "
-                f"0 .. {self.classes - 1}, or {self.ignore_index} for pixels without one"
+                f"{self.path}: has the label{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}; expected "
+                f"0 .. {self.classes - 1}, or {self.ignore_index} for pixels without a label"
             )
         return labels
 
@@ -57,8 +57,8 @@ class SaliencyFile:
 
     Args:
         path: 8-bit image, 0 .. 255 (or 0 and 1).
-        masks: ``"binary"``: any other value is an error. ``"threshold"``: salient where over one half. ``"graded"``: as
-            it is.
+        masks: ``"binary"``: any other value than 0 and 255 (or 0 and 1) is an error. ``"threshold"``: values over half
+            of the range are salient. ``"graded"``: values are kept.
     """
 
     path: Path
@@ -69,11 +69,11 @@ class SaliencyFile:
         highest = 1 if grey.max() == 1 else 255
         if self.masks == "binary" and not np.isin(grey, (0, highest)).all():
             raise ValueError(
-                f"{self.path}: is not binary ({len(np.unique(grey))} values; expected 0 and 255): say masks: threshold "
-                "or, to train on it as it is, masks: graded"
+                f"{self.path}: is not binary ({len(np.unique(grey))} values; expected 0 and 255): set masks: threshold "
+                "or, to keep the values, masks: graded"
             )
         if self.masks == "threshold" and 1 < grey.max() < 128 and len(np.unique(grey)) <= 2:
-            raise ValueError(f"{self.path}: its two values are 0 and {grey.max()}, so that nothing is over one half")
+            raise ValueError(f"{self.path}: its two values are 0 and {grey.max()}; nothing is over half of 255")
         mask = grey.astype(np.float32) / highest
         return mask if self.masks == "graded" else (mask > 0.5).astype(np.float32)
 
@@ -82,9 +82,9 @@ def read_image(path: Path) -> np.ndarray:
     """An image file as (H, W, 3) uint8."""
     image = _open(path)
     if image.mode[0] in "IF":
-        raise ValueError(f"{path}: an image of more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+        raise ValueError(f"{path}: an image of more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
     if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        raise ValueError(f"{path}: its EXIF data say that it is to be turned; its mask would not be: save it upright")
+        raise ValueError(f"{path}: its EXIF data rotate it, but not its mask: save it upright")
     return np.asarray(image.convert("RGB"))
 
 
@@ -92,32 +92,32 @@ def _read_grey(path: Path, modes: Collection[str], convert: bool = False) -> np.
     image = _open(path)
     if image.mode not in modes:
         bits = "16 bits" if image.mode.startswith("I") else f"the mode {image.mode}"
-        raise ValueError(f"{path}: a mask of {bits} a pixel; expected one channel of 8 bits")
+        raise ValueError(f"{path}: a mask of {bits} per pixel; expected one channel of 8 bits")
     return np.asarray(image.convert("L") if convert or image.mode == "1" else image)
 
 
 def _open(path: Path) -> Image.Image:
     if not path.is_file():
-        raise ValueError(f"{path}: is not there")
+        raise ValueError(f"{path}: does not exist")
     if not path.stat().st_size:
         raise ValueError(f"{path}: is empty")
     try:
         image = Image.open(path)
         image.load()
-    except Exception as error:  # whatever a decoder raises
+    except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"{path}: cannot be read: {error}") from error
     return image
 
 
 def find_folder(path: str | Path, make: bool = False) -> Path:
-    """A folder whose name may hold environment variables, as in ``$PADPROBE_DATA/CamVid``.
+    """A folder, given by a path that may contain environment variables, as in ``$PADPROBE_DATA/CamVid``.
 
     Args:
-        path: its name.
-        make: make it where it is not there.
+        path: path of the folder.
+        make: create the folder if it does not exist.
 
     Raises:
-        ValueError: for a variable that is not set, or a folder that is not there.
+        ValueError: for a variable that is not set, or a folder that does not exist.
     """
     folder = Path(os.path.expandvars(path)).expanduser()
     if "$" in str(folder):
@@ -130,50 +130,51 @@ def find_folder(path: str | Path, make: bool = False) -> Path:
 
 
 def pair(
-    images: Path, masks: Path, mask: Callable[[Path], Callable[[], np.ndarray]], one_folder: bool = False
+    images: Path, masks: Path, reader: Callable[[Path], Callable[[], np.ndarray]]
 ) -> tuple[list[Sample], list[str]]:
-    """Images and masks of the same stem, in the order of their names.
+    """Images and masks with the same stem, in the order of their names.
 
     Args:
         images: folder of images.
-        masks: folder of masks.
-        mask: makes what reads a mask from its path.
-        one_folder: both lie in one folder; masks are its PNG files.
+        masks: folder of masks. If both are one folder, its PNG files are the masks and its other files the images.
+        reader: takes the path of a mask, returns the function that reads it.
 
     Returns:
-        The pairs, and a line for everything that is not one half of a pair.
+        The pairs, and one line for each file that belongs to no pair.
     """
-    by_stem: list[dict[str, Path]] = []
-    problems: list[str] = []
-    for folder, wanted in ((images, lambda s: s != ".png"), (masks, lambda s: s == ".png")):
-        found: dict[str, Path] = {}
-        if not folder.is_dir():
-            raise ValueError(f"no data folder {str(folder)!r}")
-        for path in sorted(folder.iterdir()):
-            suffix = path.suffix.lower()
-            if path.name.startswith(".") or path.name == "Thumbs.db":
-                continue
-            if path.is_dir() or suffix not in SUFFIXES:
-                problems.append(f"{path}: is no image ({', '.join(SUFFIXES)})")
-                continue
-            if one_folder and not wanted(suffix):
-                continue
-            if path.stem in found:
-                problems.append(f"{path}: has the stem of {found[path.stem].name}")
-            found.setdefault(path.stem, path)
-        by_stem.append(found)
-    pictures, labels = by_stem
-    problems += [f"{path}: an image without a mask" for stem, path in pictures.items() if stem not in labels]
-    problems += [f"{path}: a mask without an image" for stem, path in labels.items() if stem not in pictures]
-    problems = list(dict.fromkeys(problems))  # of one folder, seen twice
-    samples = [Sample(path, mask(labels[stem])) for stem, path in pictures.items() if stem in labels]
+    one_folder = images == masks
+    image_files, problems = _by_stem(images, lambda suffix: not one_folder or suffix != ".png")
+    mask_files, mask_problems = _by_stem(masks, lambda suffix: not one_folder or suffix == ".png")
+    problems = list(dict.fromkeys(problems + mask_problems))  # one folder lists its problems twice
+    problems += [f"{path}: an image without a mask" for stem, path in image_files.items() if stem not in mask_files]
+    problems += [f"{path}: a mask without an image" for stem, path in mask_files.items() if stem not in image_files]
+    samples = [Sample(path, reader(mask_files[stem])) for stem, path in image_files.items() if stem in mask_files]
     if not samples:
         problems.append(f"{images}: no image has a mask in {masks}")
     return samples, problems
 
 
+def _by_stem(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Path], list[str]]:
+    """A folder's image files with a wanted suffix, by stem, and one line for each other file and repeated stem."""
+    if not folder.is_dir():
+        raise ValueError(f"no data folder {str(folder)!r}")
+    files: dict[str, Path] = {}
+    problems = []
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or path.name == "Thumbs.db":
+            continue
+        if path.is_dir() or suffix not in SUFFIXES:
+            problems.append(f"{path}: is no image ({', '.join(SUFFIXES)})")
+        elif wanted(suffix):
+            if path.stem in files:
+                problems.append(f"{path}: has the same stem as {files[path.stem].name}")
+            files.setdefault(path.stem, path)
+    return files, problems
+
+
 def check_samples(samples: Sequence[Sample]) -> list[str]:
-    """Reads every image and label map; a line for each that is empty, unreadable, out of range, or of another size."""
+    """Reads all images and label maps; one line for each that is empty, unreadable, out of range or of another size."""
 
     def check(sample: Sample) -> list[str]:
         problems, shapes = [], []

@@ -1,4 +1,4 @@
-"""Semantic labels in image files: folders such as CamVid's, and PASCAL VOC."""
+"""Semantic segmentation data with labels in image files: folders, such as CamVid's, and PASCAL VOC."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tasks.data.files import LabelFile, Sample, find_folder, pair
 
 
 class LabelFolders(DenseData):
-    """Folders of images and label maps (8-bit grey or palette, the class of every pixel), a pair for each split.
+    """Folders of images and of label maps (8-bit grey or palette images of class numbers), two folders per split.
 
     Args:
-        root: the data set's folder; environment variables are filled in.
+        root: folder of the data set; may contain environment variables.
         classes: names of the classes, in the order of their labels 0, 1, ...
-        ignore_index: label of pixels that have none.
-        images: folder of images below ``root``, with ``{split}`` for train, val, test.
-        masks: folder of label maps, likewise.
-        has_val: whether there is a folder for validation; else images of ``train`` are held out.
+        ignore_index: value of pixels without a label.
+        images: folder of images below ``root``, with ``{split}`` in place of train, val, test.
+        masks: folder of label maps, in the same form.
+        has_val: whether the data set has a split ``val``; if not, images of ``train`` are held out.
         options: see :class:`~tasks.data.dense.DenseData`.
     """
 
@@ -37,26 +37,26 @@ class LabelFolders(DenseData):
     ) -> None:
         super().__init__(**options)
         self.root, self.images, self.masks, self.has_val = root, images, masks, has_val
-        self.labels = self.classes, self.ignored = len(classes), ignore_index
+        self.labels = len(classes), ignore_index
+        self.reader = partial(LabelFile, classes=len(classes), ignore_index=ignore_index)
 
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:
         if split == "val" and not self.has_val:
             return [], []
         root = find_folder(self.root)
-        read = partial(LabelFile, classes=self.classes, ignore_index=self.ignored)
-        return pair(root / self.images.format(split=split), root / self.masks.format(split=split), read)
+        return pair(root / self.images.format(split=split), root / self.masks.format(split=split), self.reader)
 
 
 class VOCData(DenseData):
     """PASCAL VOC segmentation: 20 classes and the background; the border of objects (255) is ignored.
 
-    Trains on ``train``, tests on ``val`` (the paper's split; VOC's own test labels are not public) and validates on
-    images held out from ``train``.
+    Trains on ``train`` and tests on ``val``, as the paper does (VOC's test labels are not public). Validates on images
+    held out from ``train``.
 
     Args:
-        root: folder that holds ``VOCdevkit``; environment variables are filled in.
-        year: of the challenge.
-        download: whether to fetch the data into ``root`` first.
+        root: folder that contains ``VOCdevkit``; may contain environment variables.
+        year: year of the challenge.
+        download: download the data into ``root`` if they are missing.
         options: see :class:`~tasks.data.dense.DenseData`.
     """
 
@@ -83,10 +83,8 @@ class VOCData(DenseData):
 
         root = find_folder(self.root)
         try:
-            found = VOCSegmentation(str(root), self.year, "train" if split == "train" else "val")
+            voc = VOCSegmentation(str(root), self.year, "train" if split == "train" else "val")
         except (RuntimeError, FileNotFoundError) as error:
-            raise ValueError(f"no VOC {self.year} in {str(root)!r}: {error} (or say download: true)") from error
-        read = partial(LabelFile, classes=21, ignore_index=255)
-        return [
-            Sample(Path(image), read(Path(mask))) for image, mask in zip(found.images, found.masks, strict=True)
-        ], []
+            raise ValueError(f"no VOC {self.year} in {str(root)!r}: {error} (or set download: true)") from error
+        files = zip(voc.images, voc.masks, strict=True)
+        return [Sample(Path(image), LabelFile(Path(mask), *self.labels)) for image, mask in files], []

@@ -1,4 +1,4 @@
-"""The order in which training images come."""
+"""The order of training images, reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,29 @@ from torch.utils.data import RandomSampler
 
 
 def seed_of(*numbers: int) -> int:
-    """A random state's seed, of 32 bits, that depends on these numbers and their order alone."""
+    """A 32-bit seed that depends only on these numbers and their order.
+
+    Example:
+        >>> seed_of(0, 1) == seed_of(0, 1), seed_of(0, 1) == seed_of(1, 0)
+        (True, False)
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class ShuffleByEpoch(RandomSampler):
-    """A random order that depends on the seed and the epoch alone, so that a resumed training goes on with it.
+    """A random order that depends only on the seed and the epoch, so that a resumed training continues with it.
 
-    Lightning calls ``set_epoch``; of several processes it takes a DistributedSampler instead. A data set that draws has
-    a tensor ``epoch`` in shared memory, which this sets then, and not before, so that persistent workers see it too.
+    Lightning calls ``set_epoch`` before each epoch; with several processes it uses a DistributedSampler instead. If the
+    data set has a tensor ``epoch`` in shared memory, ``set_epoch`` writes the epoch there, where persistent workers see
+    it too.
+
+    Example:
+        >>> sampler = ShuffleByEpoch(range(100), seed=0)
+        >>> sampler.set_epoch(2)
+        >>> order = list(sampler)
+        >>> sampler.set_epoch(2)
+        >>> list(sampler) == order
+        True
     """
 
     def __init__(self, dataset: Sized, seed: int) -> None:

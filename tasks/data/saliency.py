@@ -1,4 +1,4 @@
-"""Saliency data sets: folders of images and masks, as they are distributed."""
+"""Saliency data sets: folders of images and masks, in the layouts in which they are published."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ LAYOUTS = {
     "DUT-OMRON": ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
     "MSRA": ("Imgs", "Imgs"),
 }
-"""Folders of images and masks below a data set's own; MSRA (10K, B) has JPEG images and PNG masks in one."""
+"""Subfolders with the images and the masks of a data set; MSRA (10K, B) has JPEG images and PNG masks in one folder."""
 
 
 @dataclass
 class SaliencyFolder:
-    """One data set.
+    """One saliency data set.
 
     Attributes:
-        root: its folder; environment variables are filled in.
-        layout: ``plain`` (``images/`` and ``masks/``) or that of a published set: ``DUTS-TR``, ``DUTS-TE``, ``ECSSD``,
-            ``PASCAL-S``, ``DUT-OMRON``, ``MSRA``.
-        masks: ``binary``: other values than 0 and 255 are an error. ``threshold``: salient where over one half.
-            ``graded``: as they are; scores take what is over one half as salient.
+        root: folder of the data set; may contain environment variables.
+        layout: ``plain`` (``images/`` and ``masks/``) or the layout of a published data set: ``DUTS-TR``, ``DUTS-TE``,
+            ``ECSSD``, ``PASCAL-S``, ``DUT-OMRON``, ``MSRA``.
+        masks: ``binary``: any other value than 0 and 255 is an error. ``threshold``: values over half of the range are
+            salient. ``graded``: the loss takes the values as they are; for the scores, values over one half are
+            salient.
     """
 
     root: str
@@ -42,16 +43,16 @@ class SaliencyFolder:
         check_name(self.layout, LAYOUTS, "layout")
         root = find_folder(self.root)
         images, masks = LAYOUTS[self.layout]
-        return pair(root / images, root / masks, partial(SaliencyFile, masks=self.masks), images == masks)
+        return pair(root / images, root / masks, partial(SaliencyFile, masks=self.masks))
 
 
 class SaliencyData(DenseData):
     """Images and saliency masks, to train on one data set and test on another (paper, table 5a).
 
     Args:
-        train: data set to train on.
-        test: data set to test on.
-        val: data set to validate on; default: images held out from ``train``.
+        train: training data set.
+        test: test data set.
+        val: validation data set; default: images held out from ``train``.
         options: see :class:`~tasks.data.dense.DenseData`.
     """
 

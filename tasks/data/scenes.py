@@ -1,4 +1,4 @@
-"""Dead-leaves scenes with salient objects, semantic labels and image classes, made from a seed on the fly."""
+"""Dead-leaves scenes with salient objects, semantic labels and image classes, made on the fly from a seed."""
 
 from __future__ import annotations
 
@@ -19,35 +19,41 @@ SEMANTIC_CLASSES = ("ground", "plant", "sky", "water", "object")
 IMAGE_CLASSES = ("discs", "squares", "triangles")
 
 GROUND, PLANT, SKY, WATER, OBJECT = range(5)
-# hue, saturation, value; a leaf differs from its kind's colour by a few hundredths
+# hue, saturation, value; the colour of each leaf differs from these by a few hundredths
 LEAF_COLORS = [(0.08, 0.35, 0.5), (0.33, 0.5, 0.45), (0.53, 0.35, 0.9), (0.66, 0.7, 0.35)]
-LOOK_ALIKE_COLOR = (0.6, 0.55, 0.7)  # of sky and water where position alone tells them apart
+LOOK_ALIKE_COLOR = (0.6, 0.55, 0.7)  # of sky and water, if only their position tells them apart
 OBJECT_COLOR, DISTRACTOR_COLOR = (0.92, 0.8, 0.95), (0.13, 0.8, 0.95)
 
 
 class Scenes(Dataset[dict[str, Any]]):
     """Scenes of overlapping leaves with about three objects on top, and labels for three tasks.
 
-    Leaves are ground, plants, and sky or water; all of a scene's leaves have one shape, the image's class. Radii follow
-    a power law and leaves fall beyond the canvas too, objects as well, so the *images* are stationary at every setting:
-    nothing in them says where the border is. Only the *labels* depend on position, as far as ``position_dependence``
-    says:
+    Leaves are ground, plant, sky or water. All leaves of a scene have the same shape, which is the image's class. Radii
+    follow a power law, and leaves and objects also fall outside the canvas, so the *images* are stationary at every
+    setting: nothing in them shows where the border is. Only the *labels* depend on position, in a share
+    ``position_dependence`` of the scenes:
 
-    - in a scene whose labels depend on appearance, objects are of two colours, of which one is salient, and sky differs
-      from water;
-    - in a scene whose labels depend on position, all objects look the same and the one nearest to the centre is
-      salient; sky and water look the same, and a leaf whose centre lies in the upper half is sky.
+    - in a scene whose labels depend on appearance, objects have two colours, of which one is salient, and sky and water
+      have different colours;
+    - in a scene whose labels depend on position, all objects look the same, and the one nearest to the centre is
+      salient; sky and water look the same, and a leaf is sky if its centre is in the upper half.
 
-    Items are dictionaries: ``image`` float32 (3, S, S) in [0, 1]; ``mask`` (1, S, S) in {0, 1}, what is salient;
-    ``labels`` int64 (S, S), out of ``SEMANTIC_CLASSES``; ``label``, the index in ``IMAGE_CLASSES``. Scene i depends on
-    (seed, i) and the settings alone.
+    Items are dictionaries: ``image`` float32 (3, S, S) in [0, 1]; ``mask`` float32 (1, S, S), 1 on salient objects, 0
+    elsewhere; ``labels`` int64 (S, S), indices in ``SEMANTIC_CLASSES``; ``label``, the index in ``IMAGE_CLASSES``.
+    Scene i depends only on (seed, i) and the settings.
 
     Args:
         n: number of scenes.
         image_size: S in pixels.
         position_dependence: probability in [0, 1] that a scene's labels depend on position.
-        seed: of the scenes.
-        context: pixels that the image shows beyond each side of what is labelled: images (3, S + 2 context, ...).
+        seed: seed of the scenes.
+        context: width in pixels of the margin around the labelled area that images also show: they are then
+            (3, S + 2 context, S + 2 context).
+
+    Example:
+        >>> scene = Scenes(n=3, image_size=32, context=4)[0]
+        >>> [tuple(scene[key].shape) for key in ("image", "mask", "labels")]
+        [(3, 40, 40), (1, 32, 32), (32, 32)]
     """
 
     def __init__(
@@ -86,12 +92,12 @@ def make_scene(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """One scene of :class:`Scenes`, with its context: uint8 image, bool mask, uint8 labels and the image's class.
 
-    The last 4,096 scenes are kept: making one costs more than a small network's training step on it.
+    The last 4,096 scenes are cached: making one takes longer than training a small network on it for one step.
     """
     rng = np.random.default_rng([seed, index])
     by_position = rng.random() < position_dependence
     label = int(rng.integers(len(IMAGE_CLASSES)))
-    size = image_size + 2 * context  # of the canvas; leaves and objects are as large and as many to the area without it
+    size = image_size + 2 * context  # context changes neither the size nor the density of leaves and objects
     smallest, largest, radius = 0.07 * image_size, 0.35 * image_size, 0.11 * image_size
     leaves = list(
         fall(rng, round(140 * ((size + 2 * largest) / (image_size + 2 * largest)) ** 2), size, smallest, largest)
@@ -122,23 +128,23 @@ def make_scene(
     mask = np.zeros((size, size), bool)
     for i, ((x, y), color) in enumerate(zip(objects, _vary(rng, hsv), strict=True)):
         where, inside = disc((x, y, radius), size)
-        image[where][inside] = 1.0  # a white rim tells an object from a leaf
+        image[where][inside] = 1.0  # a white rim distinguishes objects from leaves
         labels[where][inside] = OBJECT
         mask[where][inside] = salient[i]
         where, inside = disc((x, y, 0.75 * radius), size)
         image[where][inside] = color
-    image += rng.normal(0, 0.02, image.shape)  # a camera's noise
+    image += rng.normal(0, 0.02, image.shape)  # camera noise
     return (image.clip(0, 1) * 255).round().astype(np.uint8), mask, labels, label
 
 
 def _vary(rng: np.random.Generator, hsv: np.ndarray) -> np.ndarray:
-    """RGB of colours near the given ones: (N, 3) hue, saturation, value -> (N, 3)."""
+    """Random RGB colours near the given ones: (N, 3) hue, saturation, value -> (N, 3)."""
     hsv = hsv + rng.normal(0, (0.015, 0.05, 0.06), hsv.shape)
     return np.array([colorsys.hsv_to_rgb(*c) for c in np.clip(hsv, 0, 1)])
 
 
 def _shape(leaf: np.ndarray, size: int, label: int, angle: float) -> tuple[tuple[slice, slice], np.ndarray]:
-    """A leaf's bounding slices and mask: a disc, or the regular polygon inscribed in it."""
+    """The bounding slices and the mask of a leaf: a disc, or the regular polygon inscribed in it."""
     where, dx, dy = window(leaf, size)
     radius, sides = leaf[2], (0, 4, 3)[label]
     if not sides:
@@ -150,16 +156,18 @@ def _shape(leaf: np.ndarray, size: int, label: int, angle: float) -> tuple[tuple
 
 
 class ScenesDataModule(LightningDataModule):
-    """Training, validation and test scenes, with seeds of their own.
+    """Training, validation and test scenes, made from different seeds.
 
     Args:
-        train, val, test: number of scenes each.
-        image_size: side in pixels.
-        position_dependence: see :class:`Scenes`.
-        batch_size: scenes a step.
-        num_workers: processes that make scenes.
-        seed: of all scenes and of the training order.
-        context: see :class:`Scenes`.
+        train: number of training scenes.
+        val: number of validation scenes.
+        test: number of test scenes.
+        image_size: side of the labelled area in pixels.
+        position_dependence: probability in [0, 1] that a scene's labels depend on position, see :class:`Scenes`.
+        batch_size: scenes per step.
+        num_workers: number of processes that make scenes.
+        seed: seed of all scenes and of the training order.
+        context: width in pixels of the margin around the labelled area that images also show.
     """
 
     def __init__(
@@ -191,5 +199,5 @@ class ScenesDataModule(LightningDataModule):
         return DataLoader(self.test, self.batch_size, num_workers=self.num_workers)
 
     def label_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The training scenes in order: what position alone can know of their labels."""
+        """The training scenes in order, for the position-only baseline."""
         return DataLoader(self.train, self.batch_size, num_workers=self.num_workers)

@@ -83,8 +83,8 @@ def test_train_and_test_share_the_training_categories(coco):
     for annotation in other["annotations"]:
         annotation["category_id"] = {17: 95, 90: 90}[annotation["category_id"]]
     made = data(folder, content, other)
-    ours, theirs = (made.samples(split)[0][0].read() for split in ("train", "test"))
-    assert np.array_equal(ours, theirs)
+    train, test = (made.samples(split)[0][0].read() for split in ("train", "test"))
+    assert np.array_equal(train, test)
     assert made.labels == (3, 255)
     (problem,) = made.check()
     assert problem.endswith("y.json: the training annotations have no category 'bird'")
@@ -109,9 +109,9 @@ def test_everything_that_is_wrong_is_named(coco):
     ]
     problems = "\n".join(data(folder, content, test).check())
     for what in (
-        "gone.jpg: is not there",
+        "gone.jpg: does not exist",
         "(image 12, c.jpg): annotation 23 cannot be read: KeyError 'segmentation'",
-        "image 13 lacks height",
+        "image 13 has no height",
         "(image 9, b.jpg): annotation 20 has the category 5, which the file does not list",
         "annotations of the image 99, which the file does not list",
         "(image 9, b.jpg): annotation 22 is 5 x 5 px, its image 24 x 20",

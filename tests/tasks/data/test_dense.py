@@ -49,11 +49,11 @@ def test_augmentation_is_drawn_from_seed_epoch_and_image_alone(folders):
         flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
         data = LabelFolders(folders, NAMES, image_size=8, batch_size=5, num_workers=workers, augment=flips, seed=seed)
         loader = data.train_dataloader()
-        found = []
+        epochs = []
         for epoch in range(first, 3):
             loader.sampler.set_epoch(epoch)
-            found.append(torch.cat([batch["image"] for batch in loader]))
-        return found
+            epochs.append(torch.cat([batch["image"] for batch in loader]))
+        return epochs
 
     def by_image(epoch: torch.Tensor) -> torch.Tensor:
         return epoch[epoch.flatten(1).sum(1).argsort()]  # a flip does not change the sum
@@ -65,14 +65,14 @@ def test_augmentation_is_drawn_from_seed_epoch_and_image_alone(folders):
     assert not torch.equal(by_image(whole[0]), by_image(images(1, 0)[0]))
 
 
-def test_augmentation_without_a_sampler_of_ours_is_drawn_from_torchs_seed(folders):
-    """As of several processes, where Lightning puts its own sampler."""
+def test_augmentation_without_our_sampler_is_drawn_from_torchs_seed(folders):
+    """As with several processes, where Lightning uses another sampler."""
 
     def images(seed: int, workers: int) -> torch.Tensor:
         torch.manual_seed(seed)
         flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
-        ours = LabelFolders(folders, NAMES, image_size=8, batch_size=5, augment=flips).train_dataloader()
-        loader = torch.utils.data.DataLoader(ours.dataset, 5, num_workers=workers)
+        dataset = LabelFolders(folders, NAMES, image_size=8, batch_size=5, augment=flips).train_dataloader().dataset
+        loader = torch.utils.data.DataLoader(dataset, 5, num_workers=workers)
         return torch.stack([torch.cat([batch["image"] for batch in loader]) for _ in range(2)])
 
     for workers in (0, 2):
@@ -85,18 +85,18 @@ def test_augmentation_without_a_sampler_of_ours_is_drawn_from_torchs_seed(folder
 def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides(folders):
     def orders(seed: int, first: int) -> list[list[int]]:
         sampler = LabelFolders(folders, NAMES, batch_size=5, seed=seed).train_dataloader().sampler
-        found = []
+        epochs = []
         for epoch in range(first, 4):
             sampler.set_epoch(epoch)
-            found.append(list(sampler))
-        return found
+            epochs.append(list(sampler))
+        return epochs
 
     whole = orders(0, 0)
     assert all(sorted(order) == list(range(20)) for order in whole)
     assert len({tuple(order) for order in whole}) == 4
     assert orders(0, 2) == whole[2:]  # as a resumed training goes on
     assert orders(1, 0) != whole
-    with pytest.raises(ValueError, match="batch_size is 50, and there are 20 images"):
+    with pytest.raises(ValueError, match="batch_size is 50, but there are only 20 training images"):
         LabelFolders(folders, NAMES, batch_size=50).train_dataloader()
 
 
@@ -130,7 +130,7 @@ def test_published_layouts_are_found(pictures, layout):
     folder = SaliencyFolder(str(pictures.folder), layout)
     data = SaliencyData(folder, folder, image_size=8, holdout=0.25)
     (problem,) = data.check()
-    assert problem.endswith("0.jpg: is in train and in test, as 4 images are")
+    assert problem.endswith("0.jpg: is in train and in test (4 such images)")
     assert [len(data.split(split)) for split in ("train", "val", "test")] == [3, 1, 4]
     item = data.dataset("test")[0]
     assert item["mask"].shape == (1, 8, 8)

@@ -110,7 +110,7 @@ def test_the_command_lists_it_and_training_refuses_to_start(pictures, bad, tmp_p
         config.read_text().replace("has_val: false", "has_val: false\n    images: images/train\n    masks: masks/train")
     )
     assert main(["data", "check", str(config)]) == 1
-    assert "one.jpg: is in train and in test, as 2 images are" in capsys.readouterr().out
+    assert "one.jpg: is in train and in test (2 such images)" in capsys.readouterr().out
 
 
 def test_a_config_without_data_is_named(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_pairs_that_could_be_either_are_named(pictures):
     pictures("images/a.png", photo())
     pictures("masks/a.png", gray(0))
     problems = pair(pictures.folder / "images", pictures.folder / "masks", SaliencyFile)[1]
-    assert problems == [f"{pictures.folder}/images/a.png: has the stem of a.jpg"]
+    assert problems == [f"{pictures.folder}/images/a.png: has the same stem as a.jpg"]
     with pytest.raises(ValueError, match=r"no data folder .*nowhere"):
         pair(pictures.folder / "images", pictures.folder / "nowhere", SaliencyFile)
     (pictures.folder / "none").mkdir()
@@ -153,5 +153,5 @@ def test_pairs_that_could_be_either_are_named(pictures):
 
 def test_a_gray_photo_has_three_channels(pictures):
     assert read_image(pictures("gray.png", gray(7))).shape == (8, 10, 3)
-    with pytest.raises(ValueError, match=r"deep.png: an image of more than 8 bits a channel"):
+    with pytest.raises(ValueError, match=r"deep.png: an image of more than 8 bits per channel"):
         read_image(pictures("deep.png", gray(7).astype(np.uint16)))

@@ -24,6 +24,6 @@ def test_voc_is_read_with_its_border_ignored(pictures):
     assert [len(data.split(split)) for split in ("train", "val", "test")] == [2, 1, 1]
     assert set(data.dataset("test")[0]["labels"].unique().tolist()) == {0, 1, 20, 255}
     (base / "JPEGImages/d.jpg").unlink()
-    assert [line for line in data.check() if "d.jpg: is not there" in line]
+    assert [line for line in data.check() if "d.jpg: does not exist" in line]
     with pytest.raises(ValueError, match=r"no VOC 2007.*download: true"):
         VOCData(str(pictures.folder), "2007").check()
