@@ -1,4 +1,4 @@
-"""How well a predicted map agrees with its target: SPC, MAE and nMAE (paper, section 3.2)."""
+"""Scores of a predicted map against its target: SPC, MAE and nMAE (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from torch import Tensor
 from torchmetrics import Metric
 
 CONSTANT_RANGE = 1e-5
-"""A prediction whose range is under this fraction of its target's range counts as constant."""
+"""A prediction counts as constant if its range is below this fraction of its target's range."""
 
 
 def average_ranks(values: Tensor) -> Tensor:
-    """Ranks 0..n-1 along the last dimension, ties sharing their average rank.
+    """Ranks 0..n-1 along the last dimension; equal values share their average rank.
 
-    Shape (..., n) -> (..., n), float64. NaN has no rank: give finite values.
+    Shape (..., n) -> (..., n), float64. NaN has no rank: pass finite values.
+
+    Example:
+        >>> average_ranks(torch.tensor([3.0, 1.0, 3.0, 9.0]))
+        tensor([1.5000, 0.0000, 1.5000, 3.0000], dtype=torch.float64)
     """
     ordered, order = values.sort(dim=-1)
     n = values.shape[-1]
@@ -27,9 +31,13 @@ def average_ranks(values: Tensor) -> Tensor:
 
 
 def standard_ranks(maps: Tensor) -> Tensor:
-    """Ranks of each map's pixels with mean 0 and norm 1, so that a dot product is the correlation.
+    """Ranks of each map's pixels, scaled to mean 0 and norm 1: the dot product of two maps' ranks is their SPC.
 
-    Shape (..., H, W) -> (..., H*W), float64; a constant map gives zeros.
+    Shape (..., H, W) -> (..., H*W), float64. A constant map gives zeros.
+
+    Example:
+        >>> standard_ranks(torch.tensor([[5.0, 7.0], [5.0, 7.0]]))
+        tensor([-0.5000,  0.5000, -0.5000,  0.5000], dtype=torch.float64)
     """
     flat = maps.flatten(-2)
     ranks = average_ranks(flat) - (flat.shape[-1] - 1) / 2
@@ -39,19 +47,24 @@ def standard_ranks(maps: Tensor) -> Tensor:
 def spearman(prediction: Tensor, target: Tensor) -> Tensor:
     """Spearman's rank correlation (SPC) of each predicted map with its target.
 
-    Shapes (..., H, W), broadcast against each other -> (...,), float64 in [-1, 1]; ties get average ranks, as in
-    ``scipy.stats.spearmanr``. Where either map is constant, scipy gives NaN and this gives 0, as the paper's tables do.
-    Float noise on a constant has ranks too: see :func:`is_constant`.
+    Shapes (..., H, W), broadcast against each other -> (...,), float64 in [-1, 1]. Ties get average ranks, as in
+    ``scipy.stats.spearmanr``. Where a map is constant, scipy gives NaN; this gives 0, as in the paper's tables. A map
+    that is constant up to rounding still has ranks: test it with :func:`is_constant`.
 
     Raises:
-        ValueError: where the maps' sizes differ or a value is not finite.
+        ValueError: if the maps differ in size or a value is not finite.
 
     Source: paper, section 3.2.
+
+    Example:
+        >>> ramp = torch.arange(16.0).view(4, 4)
+        >>> spearman(torch.stack([ramp**2, -ramp, ramp * 0]), ramp)
+        tensor([ 1., -1.,  0.], dtype=torch.float64)
     """
     if prediction.shape[-2:] != target.shape[-2:]:
         raise ValueError(
             f"prediction is {tuple(prediction.shape[-2:])} px and target {tuple(target.shape[-2:])} px: "
-            "resize one of them to the other's size"
+            "resize one to the size of the other"
         )
     if not (prediction.isfinite().all() and target.isfinite().all()):
         raise ValueError("a map has NaN or infinite values, which have no rank: mask or replace them first")
@@ -59,9 +72,15 @@ def spearman(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def is_constant(prediction: Tensor, target: Tensor) -> Tensor:
-    """Whether a prediction says nothing: its range is under 1e-5 of the target's (``CONSTANT_RANGE``).
+    """Whether a prediction is constant up to rounding: its range is below 1e-5 of its target's (``CONSTANT_RANGE``).
 
-    Shapes (..., H, W), broadcast -> (...,), bool. The ranks of such a map are float noise that correlates by chance.
+    Shapes (..., H, W), broadcast -> (...,), bool. The ranks of such a map are rounding noise, which correlates with the
+    target by chance.
+
+    Example:
+        >>> ramp = torch.arange(16.0).view(4, 4)
+        >>> is_constant(torch.stack([ramp, 5 + 1e-7 * ramp]), ramp)
+        tensor([False,  True])
     """
     return _range(prediction) < CONSTANT_RANGE * _range(target)
 
@@ -71,14 +90,23 @@ def _range(maps: Tensor) -> Tensor:
 
 
 def mean_absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """MAE of each predicted map: shapes (..., H, W), broadcast -> (...,), in the target's units."""
+    """MAE of each predicted map, in the target's units: shapes (..., H, W), broadcast -> (...,).
+
+    Example:
+        >>> mean_absolute_error(torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+        tensor(0.5000)
+    """
     return (prediction - target).abs().mean((-2, -1))
 
 
 def constant_error(target: Tensor) -> Tensor:
-    """MAE of the best constant prediction (the median), the unit of nMAE: (..., H, W) -> (...,).
+    """MAE of the best constant prediction (the median): (..., H, W) -> (...,). It is the unit of nMAE.
 
-    .251 for H and V, .197 for G and .317 for the stripes on [0, 1] at 224 x 224.
+    At 224 x 224 on [0, 1]: 0.251 for H and V, 0.197 for G, 0.317 for the stripes.
+
+    Example:
+        >>> constant_error(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        tensor(0.5000)
     """
     flat = target.flatten(-2)
     middle = (flat.shape[-1] - 1) // 2
@@ -87,33 +115,38 @@ def constant_error(target: Tensor) -> Tensor:
 
 
 def score_maps(prediction: Tensor, target: Tensor, target_ranks: Tensor | None = None) -> dict[str, Tensor]:
-    """SPC, MAE and nMAE of predicted position maps, image by image.
+    """SPC, MAE and nMAE of predicted position maps, for each image.
 
     Args:
         prediction: shape (B, T, H, W).
         target: the position maps, shape (T, H, W).
-        target_ranks: ``standard_ranks(target)``, where the caller has it.
+        target_ranks: ``standard_ranks(target)``, if the caller has computed it already.
 
     Returns:
-        ``spc``, ``mae`` and ``nmae``, float32, and ``constant``, bool, each of shape (B, T). nMAE = MAE / (MAE of the
-        best constant). SPC is 0 where ``constant``, see :func:`is_constant`.
+        ``spc``, ``mae`` and ``nmae``, float32, and ``constant``, bool, each of shape (B, T). nMAE is MAE divided by the
+        MAE of the best constant. SPC is 0 where ``constant`` is true, see :func:`is_constant`.
 
     Raises:
-        ValueError: where the shapes do not fit or a prediction is not finite.
+        ValueError: if the shapes do not fit or a prediction is not finite.
 
     Source: paper, section 3.2.
+
+    Example:
+        >>> target = torch.arange(16.0).view(1, 4, 4) / 15
+        >>> {name: scores.tolist() for name, scores in score_maps(target[None], target).items()}
+        {'spc': [[1.0]], 'mae': [[0.0]], 'nmae': [[0.0]], 'constant': [[False]]}
     """
     if prediction.shape[1:] != target.shape:
         raise ValueError(
-            f"predictions are {tuple(prediction.shape)}; expected (images, *{tuple(target.shape)}), "
-            "one channel a target at the target's size"
+            f"predictions have shape {tuple(prediction.shape)}; expected (images, *{tuple(target.shape)}), "
+            "one channel per target at the target's size"
         )
     prediction = prediction.float()
     if not prediction.isfinite().all():
-        raise ValueError("a prediction has NaN or infinite values, which have no rank: check the features it is of")
+        raise ValueError("a prediction has NaN or infinite values, which have no rank: check the features behind it")
     ranks = standard_ranks(target) if target_ranks is None else target_ranks
     constant = is_constant(prediction, target)
-    # image by image on a CPU: ranking all at once is twice as slow, for the pages of its large temporaries
+    # one image at a time on a CPU: ranking all at once takes twice as long, for the memory of its large temporaries
     parts = prediction.split(1 if prediction.device.type == "cpu" else len(prediction))
     spc = torch.cat([(standard_ranks(part) * ranks).sum(-1) for part in parts])
     mae = mean_absolute_error(prediction, target)
@@ -130,22 +163,33 @@ class BorderProfile:
 
     Args:
         target: the position maps, shape (T, H, W).
-        width: of a ring in pixels.
+        width: width of a ring in pixels.
+
+    Attributes:
+        rings: the pixels of each ring, see :func:`rings`.
+        distances: the distance of each ring's middle from the border, in pixels.
+
+    Example:
+        >>> target = torch.arange(64.0).view(1, 8, 8) / 63
+        >>> profile = BorderProfile(target, width=2)
+        >>> profile.distances, profile.score(target[None])["mae"].tolist()
+        ([1.0, 3.0], [[[0.0, 0.0]]])
     """
 
     def __init__(self, target: Tensor, width: float) -> None:
-        height, breadth = target.shape[-2:]
         self.target = target.flatten(1)
-        self.rings = rings(height, breadth, width)
+        self.rings = rings(target.shape[-2], target.shape[-1], width)
         self.distances = [(i + 0.5) * width for i in range(len(self.rings))]
-        self.ranks = [standard_ranks(self.target[:, ring, None]) for ring in self.rings]
+        self._ranks = [standard_ranks(self.target[:, ring, None]) for ring in self.rings]
 
     def score(self, prediction: Tensor) -> dict[str, Tensor]:
-        """``spc`` and ``mae`` of predictions (B, T, H, W), each (B, T, rings); SPC is 0 where the prediction is
-        constant on the ring, measured by the range of the whole target as :func:`is_constant` does."""
+        """``spc`` and ``mae`` of predictions (B, T, H, W), each of shape (B, T, rings).
+
+        SPC is 0 where the prediction is constant on the ring: its range there is below 1e-5 of the whole target's.
+        """
         flat = prediction.float().flatten(2)
         spc, mae = [], []
-        for ring, ranks in zip(self.rings, self.ranks, strict=True):
+        for ring, ranks in zip(self.rings, self._ranks, strict=True):
             part = flat[..., ring]
             constant = is_constant(part[..., None], self.target[..., None])
             spc.append(torch.where(constant, 0.0, (standard_ranks(part[..., None]) * ranks).sum(-1)).float())
@@ -153,24 +197,39 @@ class BorderProfile:
         return {"spc": torch.stack(spc, -1), "mae": torch.stack(mae, -1)}
 
 
-def rings(height: int, breadth: int, width: float) -> list[Tensor]:
-    """The flat indices of each ring's pixels: those at distances [i width, (i + 1) width) from the nearest border."""
-    y, x = torch.arange(height)[:, None], torch.arange(breadth)[None, :]
-    distance = torch.minimum(torch.minimum(y, height - 1 - y), torch.minimum(x, breadth - 1 - x)) + 0.5
-    ring = (distance / width).int().flatten()
+def rings(height: int, width: int, ring_width: float) -> list[Tensor]:
+    """The pixels of a map by their distance to the nearest border, as flat indices, one tensor per ring.
+
+    Ring i holds the pixels whose centres lie at distances from i to i + 1 ring widths (exclusive), in pixels.
+
+    Example:
+        >>> [ring.tolist() for ring in rings(3, 4, 1)]
+        [[0, 1, 2, 3, 4, 7, 8, 9, 10, 11], [5, 6]]
+    """
+    y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    distance = torch.minimum(torch.minimum(y, height - 1 - y), torch.minimum(x, width - 1 - x)) + 0.5
+    ring = (distance / ring_width).int().flatten()
     return [torch.nonzero(ring == i)[:, 0] for i in range(int(ring.max()) + 1)]
 
 
 class PositionScores(Metric):
-    """SPC, MAE and nMAE of predicted position maps, image by image, over any number of batches and processes.
+    """SPC, MAE and nMAE of predicted position maps, for each image, over any number of batches and processes.
 
-    ``update`` takes predictions of shape (B, T, H, W); ``compute`` gives what :func:`score_maps` gives, for n images in
-    all: each of shape (n, T).
+    ``update`` takes predictions of shape (B, T, H, W). ``compute`` returns the dictionary of :func:`score_maps` for
+    all n images so far, with values of shape (n, T).
 
     Args:
         target: the position maps, shape (T, H, W).
 
-    Source: paper, section 3.2: SPC per image, then the mean over images.
+    Source: paper, section 3.2: one SPC per image, then the mean over images.
+
+    Example:
+        >>> target = torch.arange(32.0).view(2, 4, 4)
+        >>> scores = PositionScores(target)
+        >>> for batch in (target[None], -target.expand(3, 2, 4, 4)):
+        ...     scores.update(batch)
+        >>> scores.per_image()["spc"].mean(0)
+        tensor([-0.5000, -0.5000])
     """
 
     full_state_update = False
@@ -189,11 +248,11 @@ class PositionScores(Metric):
             getattr(self, name).append(values)
 
     def compute(self) -> dict[str, Tensor]:
-        def joined(state: list[Tensor] | Tensor) -> Tensor:  # torchmetrics hands over a tensor after a sync
+        def joined(state: list[Tensor] | Tensor) -> Tensor:  # after a sync, torchmetrics gives a tensor
             return torch.cat(state) if isinstance(state, list) else state
 
         return {name: joined(getattr(self, name)) for name in ("spc", "mae", "nmae", "constant")}
 
     def per_image(self) -> dict[str, Tensor]:
-        """:meth:`compute` with every value of shape (n, T): torchmetrics squeezes that of one image and target."""
+        """:meth:`compute` with all values of shape (n, T), which torchmetrics squeezes for one image and one target."""
         return {name: values.reshape(-1, len(self.target)) for name, values in self.compute().items()}

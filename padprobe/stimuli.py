@@ -1,4 +1,4 @@
-"""What an encoder is shown: constant images, noise, dead leaves, a folder of images (paper, section 3.2)."""
+"""The images that an encoder sees: constant images, noise, dead leaves or a folder (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 STIMULI = ("black", "white", "noise", "dead_leaves")
+"""Names of the generated stimuli."""
 
 
 class Images(Protocol):
-    """A map-style data set: items are an image (3, H, W), a tuple that starts with one or a dict with an ``image``."""
+    """A map-style data set. Its items are images (3, H, W), tuples that start with one, or dicts with an ``image``."""
 
     def __len__(self) -> int: ...
 
@@ -26,18 +27,27 @@ class Images(Protocol):
 
 
 def load_images(source: str | Path | Images, image_size: int = 224, limit: int | None = None, seed: int = 0) -> Images:
-    """The images of a built-in stimulus, a folder or a data set.
+    """Loads the images of a generated stimulus, a folder or a data set.
 
     Args:
-        source: ``"black"``, ``"white"`` (one image each), ``"noise"`` (8 images unless limited), ``"dead_leaves"``
-            (300 unless limited); a folder, searched with its subfolders; or any data set of images, taken as it is.
-        image_size: side in pixels; images from a folder are squashed to a square, as in the paper.
-        limit: of a folder or data set, a random sample of at most so many; of noise and dead leaves, how many to make.
-        seed: of the sample and of the generated stimuli.
+        source: ``"black"`` or ``"white"`` (one image each), ``"noise"`` (8 images by default), ``"dead_leaves"`` (300
+            images by default); a folder, which is searched with its subfolders; or a data set, which is used as it is.
+        image_size: side of the images in pixels. Images of a folder are squashed to a square, as in the paper.
+        limit: the most images to use: a random sample of a folder or data set; the number of images of noise or dead
+            leaves.
+        seed: seed of the sample and of the generated stimuli.
 
     Raises:
-        ValueError: for a name that is neither a stimulus nor a folder, a folder without images, an unreadable image.
+        ValueError: for a name that is neither a stimulus nor a folder, a folder without images, an image that cannot be
+            read, or a limit below 1.
+
+    Example:
+        >>> noise = load_images("noise", image_size=32, limit=5, seed=1)
+        >>> len(noise), noise[0].shape
+        (5, torch.Size([3, 32, 32]))
     """
+    if isinstance(source, str) and not source:
+        raise ValueError("the name of the image folder is empty: is an environment variable not set?")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least one image")
     if isinstance(source, (str, Path)):
@@ -55,32 +65,51 @@ def load_images(source: str | Path | Images, image_size: int = 224, limit: int |
 
 
 def image_of(item: Any) -> Tensor:
-    """The image in a data set's item, or the images in a batch of them: the tensor itself, ``item["image"]`` or
-    ``item[0]``."""
+    """The image in an item of a data set, or the images in a batch: ``item``, ``item["image"]`` or ``item[0]``.
+
+    Raises:
+        ValueError: for a dictionary without an ``image``, or anything that is not a tensor.
+
+    Example:
+        >>> image_of({"image": torch.zeros(3, 8, 8), "mask": None}).shape
+        torch.Size([3, 8, 8])
+    """
     if isinstance(item, dict):
         if "image" not in item:
-            raise ValueError(f"a batch is a dictionary with keys {', '.join(map(str, item))}; expected an 'image' key")
+            raise ValueError(
+                f"an item is a dictionary with the keys {', '.join(map(str, item))}; expected a key 'image'"
+            )
         item = item["image"]
     elif isinstance(item, (tuple, list)):
         item = item[0]
     if not isinstance(item, Tensor):
         raise ValueError(
-            f"expected an image tensor, a tuple that starts with one or a dict's 'image'; got {type(item)}"
+            f"an item is a {type(item).__name__}; expected an image tensor, a tuple that starts with one, or a "
+            "dictionary with an 'image'"
         )
     return item
 
 
 class ImageFolder(Dataset[Tensor]):
-    """The images under a folder, squashed to a square, values in [0, 1]: items of shape (3, S, S), float32.
+    """The images in a folder, squashed to squares: items of shape (3, S, S), float32 in [0, 1].
+
+    All images are opened once at the start, so that a broken one is reported before the work and not in the middle.
 
     Args:
-        folder: searched with its subfolders for jpg, png, bmp, webp and tif files; hidden files are skipped.
+        folder: searched with its subfolders for jpg, png, bmp, webp and tif files. Hidden files are skipped.
         image_size: S in pixels.
-        limit: take a random sample of at most so many.
-        seed: of the sample.
+        limit: use a random sample of at most this many images.
+        seed: seed of the sample.
 
     Raises:
-        ValueError: where there is no such folder, no image in it, or (with its path) an image that cannot be read.
+        ValueError: if the folder does not exist or holds no image, or for an image that cannot be read (with its path).
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> Image.new("RGB", (30, 20), "white").save(f"{folder.name}/one.png")
+        >>> ImageFolder(folder.name, image_size=16)[0].shape
+        torch.Size([3, 16, 16])
     """
 
     def __init__(self, folder: str | Path, image_size: int = 224, limit: int | None = None, seed: int = 0) -> None:
@@ -89,7 +118,7 @@ class ImageFolder(Dataset[Tensor]):
             names = [*STIMULI, *(p.name for p in folder.parent.glob("*/"))]
             near = difflib.get_close_matches(folder.name, names)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"{str(folder)!r} is no folder, nor a stimulus out of {', '.join(STIMULI)}{hint}")
+            raise ValueError(f"{str(folder)!r} is neither a folder nor one of the stimuli {', '.join(STIMULI)}{hint}")
         paths = sorted(
             p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
         )
@@ -99,44 +128,54 @@ class ImageFolder(Dataset[Tensor]):
             chosen = np.random.default_rng(seed).permutation(len(paths))[:limit]
             paths = [paths[i] for i in sorted(chosen)]
         self.paths, self.image_size = paths, image_size
-        for path in paths:  # 2 ms an image: one that cannot be read is named before hours of work, not after
-            try:
-                with Image.open(path) as image:
-                    image.load()
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+        for path in paths:  # about 2 ms per image
+            self._open(path)
+
+    @staticmethod
+    def _open(path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as file:
+                file.load()
+                return file
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+        image = self._open(self.paths[index]).convert("RGB")
         if image.size != (self.image_size, self.image_size):
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def dark_noise(n: int, image_size: int = 224, seed: int = 0) -> Tensor:
-    """Noise as dark as the authors' one image: (n, 3, S, S) in [0, 1], independent in every pixel and channel.
+    """Noise as dark as the authors' image: (n, 3, S, S), float32 in [0, 1], independent in every pixel and channel.
 
-    Exponential with mean 25/255, clipped at 200/255: the authors' image has mean 25, standard deviation 24 and maximum
-    200 of 255. They do not state its distribution.
+    Exponential with mean 25/255, clipped at 200/255. The authors' image has mean 25, standard deviation 24 and maximum
+    200 (of 255); they do not state its distribution.
+
+    Example:
+        >>> noise = dark_noise(2, image_size=64)
+        >>> noise.shape, round(noise.mean().item(), 1)
+        (torch.Size([2, 3, 64, 64]), 0.1)
     """
     values = np.random.default_rng(seed).exponential(25, (n, 3, image_size, image_size)).clip(0, 200).round() / 255
     return torch.from_numpy(values.astype(np.float32))
 
 
 def dead_leaves(n: int, image_size: int = 224, seed: int = 0) -> Tensor:
-    """Dead-leaves images: (n, 3, S, S) in [0, 1]; discs of random colour that cover one another.
+    """Dead-leaves images: discs of random colours that cover one another; (n, 3, S, S), float32 in [0, 1].
 
-    Radii follow the power law r^-3 from .03 S to .3 S, the classical model of the statistics of natural images. Leaves
-    fall beyond the canvas too, so every pixel and pair of pixels has the same statistics: a stationary stimulus.
-    Image i depends on (seed, i, image_size) alone.
+    Radii follow the power law r^-3 from 0.03 S to 0.3 S, the classical model of the statistics of natural images.
+    Leaves also fall beyond the canvas, so the statistics of a pixel, or of a pair of pixels, do not depend on where it
+    is: the stimulus is stationary. Image i depends on (seed, i, image_size) alone.
+
+    Example:
+        >>> leaves = dead_leaves(2, image_size=32, seed=3)
+        >>> leaves.shape, torch.equal(leaves[:1], dead_leaves(1, image_size=32, seed=3))
+        (torch.Size([2, 3, 32, 32]), True)
     """
     images = np.empty((n, image_size, image_size, 3), np.float32)
     for i in range(n):
@@ -149,10 +188,22 @@ def dead_leaves(n: int, image_size: int = 224, seed: int = 0) -> Tensor:
 
 
 def fall(rng: np.random.Generator, count: int, size: int, smallest: float, largest: float) -> Iterator[np.ndarray]:
-    """Leaves (x, y, radius) in pixels that fall on a canvas of ``size`` and beyond its border, the lowest first.
+    """Random leaves (x, y, radius), in pixels, that fall on a canvas and beyond its border; the lowest comes first.
 
-    Radii follow r^-3 between ``smallest`` and ``largest``; centres are uniform up to ``largest`` outside the canvas, so
-    that the canvas shows a cut-out of an endless carpet. Leaves that miss the canvas are left out.
+    Centres are uniform up to ``largest`` pixels outside the canvas, so that the canvas shows a part of an endless
+    carpet. Leaves that miss the canvas are dropped.
+
+    Args:
+        rng: the source of random numbers.
+        count: number of leaves, those that miss the canvas included.
+        size: side of the canvas.
+        smallest: least radius.
+        largest: greatest radius; radii between them follow r^-3.
+
+    Example:
+        >>> leaves = list(fall(np.random.default_rng(0), 10, size=32, smallest=2, largest=8))
+        >>> len(leaves) <= 10, leaves[0].shape
+        (True, (3,))
     """
     u = rng.random(count)
     radius = (smallest**-2 - u * (smallest**-2 - largest**-2)) ** -0.5
@@ -162,14 +213,26 @@ def fall(rng: np.random.Generator, count: int, size: int, smallest: float, large
 
 
 def disc(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The part of a disc (x, y, radius) on a canvas: (rows, columns) slices and the mask inside them."""
+    """The part of a disc (x, y, radius) that lies on a canvas: (rows, columns) slices and the mask inside them.
+
+    Example:
+        >>> (rows, columns), mask = disc((1.5, 1.5, 1.0), size=8)
+        >>> mask.astype(int)[:3, :3].tolist()
+        [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
+    """
     where, dx, dy = window(leaf, size)
     return where, dx**2 + dy**2 <= leaf[2] ** 2
 
 
 def window(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """A leaf's bounding box on a canvas: (rows, columns) slices, and its pixels' offsets from the centre along x (1, w)
-    and y (h, 1)."""
+    """A leaf's bounding box on a canvas: (rows, columns) slices, and the distances of its pixels from the leaf's centre
+    along x, (1, w), and along y, (h, 1).
+
+    Example:
+        >>> (rows, columns), dx, dy = window((1.5, 6.5, 1.0), size=8)
+        >>> rows, columns, dx.tolist()
+        (slice(5, 8, None), slice(0, 4, None), [[-1.0, 0.0, 1.0, 2.0]])
+    """
     x, y, radius = leaf
     top, bottom = max(int(y - radius), 0), min(int(y + radius) + 2, size)
     left, right = max(int(x - radius), 0), min(int(x + radius) + 2, size)

@@ -72,7 +72,7 @@ def test_any_function_of_the_coordinates_is_a_target():
     assert target_name(diagonal) == "diagonal"
     expected = (maps[0] + 2 * position_maps(30, ["V"])[0]) / 3
     assert torch.allclose(maps[1], expected, atol=1e-6)
-    with pytest.raises(ValueError, match=r"target 'flat' gives values 0.0 to 0.0"):
+    with pytest.raises(ValueError, match=r"target 'flat' gives values from 0.0 to 0.0"):
         position_maps(8, [flat])
 
 

@@ -31,7 +31,7 @@ def test_a_limit_takes_a_reproducible_sample(folder):
 
 
 def test_bad_folders_and_images_are_named(folder, tmp_path_factory):
-    with pytest.raises(ValueError, match=r"'blck' is no folder.*did you mean black"):
+    with pytest.raises(ValueError, match=r"'blck' is neither a folder.*did you mean black"):
         load_images("blck")
     with pytest.raises(ValueError, match="no images in folder"):
         load_images(tmp_path_factory.mktemp("empty"))

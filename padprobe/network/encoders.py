@@ -1,4 +1,4 @@
-"""An encoder by name, with its weights."""
+"""Loads an encoder by name or from a checkpoint, and makes untrained twins of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from padprobe.errors import check_name
+from padprobe.errors import check_name, require
 from padprobe.network.padding import PADDING_MODES, set_padding
-
-LIBRARIES = ("torchvision", "smp", "timm")
 
 
 def load_encoder(
@@ -23,22 +21,26 @@ def load_encoder(
     seed: int = 0,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """An encoder in evaluation mode.
+    """Loads an encoder by name, in evaluation mode.
 
     Args:
-        name: ``"torchvision:vgg16"``, ``"smp:resnet34"`` (``"smp:tu-NAME"``: one of timm's under smp's interface),
-            ``"timm:convnext_tiny"``, or the path of a Lightning checkpoint (``.ckpt``), whose ``encoder`` submodule is
-            taken with the weights and padding it was trained with.
-        weights: ``"untrained"``, a name that the library knows (``"IMAGENET1K_V1"``, ``"imagenet"``, a timm tag;
-            torchvision's names for smp's encoders of the same name), which may be downloaded, or the path of a state
-            dict (loaded as weights only; head weights may be missing).
-        padding: how it pads, see :func:`~padprobe.set_padding`; "zeros" leaves it as it was built or trained.
-        seed: of untrained weights; the global random state is left alone.
-        options: further arguments of the library's constructor, such as smp's ``config`` and ``out_channels`` of a VGG.
+        name: ``"torchvision:vgg16"``, ``"smp:resnet34"`` (``"smp:tu-NAME"`` for a timm model with smp's interface),
+            ``"timm:convnext_tiny"``, or the path of a Lightning checkpoint (``.ckpt``). From a checkpoint, the
+            ``encoder`` submodule is taken, with the weights and the padding that it was trained with.
+        weights: ``"untrained"``; a name that the library knows (``"IMAGENET1K_V1"``, ``"imagenet"``, a timm tag; for
+            smp's encoders also torchvision's names); or the path of a state dict, whose head may be missing.
+        padding: see :func:`~padprobe.set_padding`. ``"zeros"`` leaves the network as it was built or trained.
+        seed: seed of untrained weights. The global random state is left alone.
+        options: further arguments of the library's constructor, such as ``config`` and ``out_channels`` of smp's VGG.
 
     Raises:
-        ValueError: for an unknown library, architecture, weight or padding name (with the nearest valid ones) and for
-            a weights file that does not fit the architecture.
+        ValueError: for an unknown library, architecture, weight name or padding mode (with the nearest valid names),
+            and for a weights file that does not fit the architecture.
+
+    Example:
+        >>> encoder = load_encoder("torchvision:squeezenet1_1", padding="valid", seed=3)
+        >>> encoder.features[3].squeeze.weight.shape, encoder.training
+        (torch.Size([16, 64, 1, 1]), False)
     """
     check_name(padding, PADDING_MODES, "padding mode")
     if str(name).endswith(".ckpt"):
@@ -48,10 +50,10 @@ def load_encoder(
         library, _, architecture = str(name).partition(":")
         if not architecture:
             raise ValueError(
-                f"unknown encoder {name!r}: expected 'torchvision:NAME', 'smp:NAME', 'timm:NAME' or a .ckpt file"
+                f"unknown encoder {name!r}; expected 'torchvision:NAME', 'smp:NAME', 'timm:NAME' or a .ckpt file"
             )
-        check_name(library, LIBRARIES, "encoder library")
-        with torch.random.fork_rng(devices=[]):
+        check_name(library, _BUILD, "encoder library")
+        with torch.random.fork_rng(devices=[]), require("tasks"):
             torch.manual_seed(seed)
             encoder = _BUILD[library](architecture, weights, options or {})
     if Path(weights).is_file():
@@ -62,10 +64,10 @@ def load_encoder(
 
 
 def _check_weights(weights: str | Path, known: list[str]) -> str | None:
-    """A weight name that the library knows, or None where its own weights are not wanted."""
+    """The name of the library's weights to use, which must be ``known``; None for untrained weights and files."""
     if weights == "untrained" or Path(weights).is_file():
         return None
-    check_name(str(weights), ["untrained", *known, "a file's path"], "weights")
+    check_name(str(weights), ["untrained", *known, "the path of a file"], "weights")
     return str(weights)
 
 
@@ -78,7 +80,7 @@ def _torchvision(architecture: str, weights: str | Path, options: dict[str, Any]
 
 
 def _torchvision_weights(architecture: str) -> dict[str, Any]:
-    """torchvision's weights of an architecture by name; none where it does not have it."""
+    """torchvision's weights of an architecture by name; empty for an architecture that torchvision does not have."""
     from torchvision import models
 
     known = architecture in models.list_models(models)
@@ -87,33 +89,35 @@ def _torchvision_weights(architecture: str) -> dict[str, Any]:
 
 def _smp(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
     from segmentation_models_pytorch.encoders import encoders, get_encoder
+    from segmentation_models_pytorch.encoders.vgg import VGGEncoder
 
-    if architecture.startswith("tu-"):  # any of timm's under smp's interface
-        tag = _timm_tag(architecture[3:], weights)
-        name = f"{architecture}.{tag}" if tag else architecture
-        return get_encoder(name, weights=True if tag else None, **options)
+    if architecture.startswith("tu-"):  # a timm model with smp's interface
+        name, pretrained = _timm_name(architecture[3:], weights)
+        return get_encoder(f"tu-{name}", weights=pretrained or None, **options)
     check_name(architecture, encoders, "smp encoder")
-    theirs = _torchvision_weights(architecture)  # smp's VGG, ResNet and DenseNet are torchvision's
-    known = list(encoders[architecture].get("pretrained_settings", {}))
-    pretrained = _check_weights(weights, [*known, *theirs])
-    if pretrained and options:
-        raise ValueError(f"options {options} change the encoder, so the weights {pretrained!r} would not fit it")
-    if pretrained in theirs:
+    shared = _torchvision_weights(architecture)  # smp's VGG, ResNet and DenseNet take torchvision's weights
+    chosen = _check_weights(weights, [*encoders[architecture].get("pretrained_settings", {}), *shared])
+    if chosen and options:
+        raise ValueError(
+            f"the weights {chosen!r} do not fit an encoder that options {options} change: leave one of them out"
+        )
+    if chosen in shared:
         encoder = _smp(architecture, "untrained", {})
-        encoder.load_state_dict(theirs[pretrained].get_state_dict(progress=False, check_hash=True))
+        encoder.load_state_dict(shared[chosen].get_state_dict(progress=False, check_hash=True))
         return encoder
-    if pretrained:
-        return get_encoder(architecture, weights=pretrained)
-    # as get_encoder() does, which would drop the options
+    if chosen:
+        return get_encoder(architecture, weights=chosen)
+    # the arguments of get_encoder(), which would drop the options
     entry = encoders[architecture]
     arguments = {**entry["params"], "depth": 5, "output_stride": 32, **options}
-    return _vgg(entry["encoder"], arguments) if architecture.startswith("vgg") else entry["encoder"](**arguments)
+    build = entry["encoder"]
+    return _vgg(build, arguments) if build is VGGEncoder else build(**arguments)
 
 
 def _vgg(encoder_class: Any, arguments: dict[str, Any]) -> nn.Module:
-    """An smp VGG, initialised as torchvision does, without the 120 million weights of the head.
+    """An smp VGG with torchvision's initialization, without the 120 million weights of the head.
 
-    smp builds torchvision's whole network and deletes the head: two seconds and half a gigabyte for nothing.
+    smp builds torchvision's whole network and then deletes the head, which costs two seconds and half a gigabyte.
     """
     with torch.device("meta"):
         encoder = encoder_class(**arguments, init_weights=False)
@@ -121,7 +125,7 @@ def _vgg(encoder_class: Any, arguments: dict[str, Any]) -> nn.Module:
     for layer in encoder.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # VGG's convolutions have one
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # VGG's convolutions have a bias
         elif isinstance(layer, nn.BatchNorm2d):
             layer.reset_parameters()
     return encoder
@@ -130,24 +134,24 @@ def _vgg(encoder_class: Any, arguments: dict[str, Any]) -> nn.Module:
 def _timm(architecture: str, weights: str | Path, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    tag = _timm_tag(architecture, weights)
-    name = f"{architecture}.{tag}" if tag else architecture
-    return timm.create_model(name, pretrained=tag is not None, features_only=True, **options)
+    name, pretrained = _timm_name(architecture, weights)
+    return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
 
 
-def _timm_tag(architecture: str, weights: str | Path) -> str | None:
-    """The tag of the weights of a timm model; None where its own are not wanted."""
+def _timm_name(architecture: str, weights: str | Path) -> tuple[str, bool]:
+    """A timm model's name, with the tag of its weights if it has any, and whether it has."""
     import timm
 
     check_name(architecture, timm.list_models(), "timm encoder")
-    return _check_weights(weights, [tag.partition(".")[2] for tag in timm.list_pretrained(architecture)])
+    tag = _check_weights(weights, [name.partition(".")[2] for name in timm.list_pretrained(architecture)])
+    return (f"{architecture}.{tag}", True) if tag else (architecture, False)
 
 
 _BUILD = {"torchvision": _torchvision, "smp": _smp, "timm": _timm}
 
 
 def _read(path: Path) -> Any:
-    """A file of tensors and plain values; nothing in it is executed."""
+    """Reads a file of tensors and plain values. Nothing in it is executed."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -159,13 +163,12 @@ def _read(path: Path) -> Any:
 
 
 def _load_state(encoder: nn.Module, path: Path) -> None:
-    """Loads a state dict; every convolution must find its weights."""
+    """Loads a state dict that must have the weights of all convolutions."""
     state = _read(path)
     state = state.get("state_dict", state)
     expected = encoder.state_dict()
     wrong = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
-    convolutions = [k for k, v in expected.items() if v.ndim == 4]
-    missing = [k for k in convolutions if k not in state]
+    missing = [k for k, v in expected.items() if v.ndim == 4 and k not in state]
     if wrong or missing:
         what = "has other shapes for" if wrong else "lacks"
         raise ValueError(
@@ -177,16 +180,16 @@ def _load_state(encoder: nn.Module, path: Path) -> None:
 
 
 def _from_checkpoint(path: Path) -> nn.Module:
-    """The ``encoder`` of the LightningModule that a checkpoint was written from."""
+    """The ``encoder`` of the LightningModule that wrote a checkpoint."""
     if not path.is_file():
-        raise ValueError(f"no checkpoint {str(path)!r}")
+        raise ValueError(f"no checkpoint {str(path)!r}: expected the path of a file")
     checkpoint = _read(path)
     hparams = dict(checkpoint.get("hyper_parameters", {}))
     class_path = hparams.pop("_class_path", None)
     if class_path is None:
         raise ValueError(
             f"checkpoint {str(path)!r} does not say which LightningModule wrote it: train with `padprobe fit`, or "
-            "build the module yourself and give probe_encoder its encoder"
+            "build the module yourself and pass its encoder to probe_encoder"
         )
     from lightning.pytorch import LightningModule
 
@@ -194,32 +197,44 @@ def _from_checkpoint(path: Path) -> nn.Module:
     try:
         task = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} was written by {class_path}, which is not here: {error}") from error
+        raise ValueError(
+            f"checkpoint {str(path)!r} was written by {class_path}, which cannot be imported: {error}"
+        ) from error
     if not (isinstance(task, type) and issubclass(task, LightningModule)):
-        raise ValueError(f"checkpoint {str(path)!r} names {class_path}, which is no LightningModule")
+        raise ValueError(f"checkpoint {str(path)!r} names {class_path}, which is not a LightningModule")
     hparams.pop("_instantiator", None)
-    if "encoder_weights" in hparams:  # what the training started from, and may be gone
+    if "encoder_weights" in hparams:  # the file that the training started from may be gone
         hparams["encoder_weights"] = "untrained"
     module = task(**hparams)
     module.load_state_dict(checkpoint["state_dict"])
     return module.get_submodule(find_encoder(module))
 
 
+def weights_label(weights: str | Path) -> str:
+    """What results call an encoder's weights: a file's name without its ending, any other weights as they are.
+
+    Example:
+        >>> weights_label("data/vgg16.pth"), weights_label("IMAGENET1K_V1"), weights_label("data/untrained.pth")
+        ('vgg16', 'IMAGENET1K_V1', 'untrained.pth')
+    """
+    path = Path(weights)
+    return path.name if path.stem in ("untrained", "trained") else path.stem
+
+
 def find_encoder(module: nn.Module) -> str:
-    """The dotted name of the encoder in a task's network: the submodule called ``encoder`` or ``backbone`` that lies
-    least deep; "" (the whole module) where there is none."""
+    """The dotted name of a network's outermost submodule called ``encoder`` or ``backbone``; "" if there is none."""
     names = [name for name, _ in module.named_modules() if name.split(".")[-1] in ("encoder", "backbone")]
     return min(names, key=lambda name: name.count("."), default="")
 
 
 def untrained_twin(encoder: nn.Module, seed: int) -> nn.Module:
-    """A copy of any encoder with new weights, on the CPU: the control for what training added.
+    """A copy of an encoder with new random weights, on the CPU. It is the control for what the training added.
 
     Convolutions and linear layers are drawn as torchvision draws a VGG's convolutions (He's normal distribution, zero
-    biases); every other layer that can is reset. Padding stays as it is. The global random state is left alone.
+    biases). All other layers with a ``reset_parameters`` are reset. Padding and the global random state stay.
 
     Raises:
-        ValueError: naming the layer whose own parameters would stay as they were trained.
+        ValueError: for a layer whose parameters would stay trained, with its name.
     """
     twin = copy.deepcopy(encoder).cpu()
     with torch.random.fork_rng(devices=[]):
@@ -233,7 +248,7 @@ def untrained_twin(encoder: nn.Module, seed: int) -> nn.Module:
                 reset()
             elif next(layer.parameters(recurse=False), None) is not None:
                 raise ValueError(
-                    f"layer {name!r} ({type(layer).__name__}) has parameters and no reset_parameters(), so that a twin "
-                    "would keep them as trained: give probe_encoder a `twin` that builds the network, or untrained=0"
+                    f"layer {name!r} ({type(layer).__name__}) has parameters and no reset_parameters(), so a twin "
+                    "would keep their trained values: pass probe_encoder a `twin` function, or untrained=0"
                 )
     return twin

@@ -12,17 +12,26 @@ from torch import Tensor, nn
 
 
 class StageTap:
-    """Catches the stages of every forward pass of an encoder, aligned to the readout's grid.
+    """Catches an encoder's stages in every forward pass and aligns them to the readout's grid.
 
-    A stage's output (B, C, H, W) is resized inside its hook to (B, C, grid, grid), float32 and detached: bilinear with
-    ``align_corners=True``, as the authors' code does. The result is a new, small tensor, so that no later in-place
-    layer can overwrite it and the full map is not kept.
+    A hook resizes each stage's output (B, C, H, W) as :func:`align` does. The result is a new, small tensor: a later
+    in-place layer cannot overwrite it, and the full map is not kept in memory.
 
     Args:
         encoder: the network to tap.
         stages: dotted layer names in ``encoder``.
         grid: side of the aligned maps in cells.
-        sides: centre-crop each stage to this side before it is resized (see :func:`context_size`).
+        sides: crop each stage around its centre to this side before it is resized.
+
+    Attributes:
+        active: whether forward passes are caught; True at first.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        >>> tap = StageTap(encoder, ["1", "2"], grid=14)
+        >>> output = encoder(torch.rand(2, 3, 32, 32))
+        >>> tap.take().shape
+        torch.Size([2, 16, 14, 14])
     """
 
     def __init__(
@@ -43,32 +52,32 @@ class StageTap:
 
     @property
     def missing(self) -> list[str]:
-        """Stages that have not arrived since the last :meth:`clear`, or came last with fewer images than others."""
+        """Stages that were not reached since the last :meth:`clear`, or that last had fewer images than others."""
         most = max([1, *(len(features) for features in self._caught.values())])
         return [stage for stage, features in self._caught.items() if len(features) < most]
 
-    def take(self, *more: Tensor) -> Tensor:
-        """The stages of the last forward pass side by side, (B, sum of C, grid, grid), then ``more``; forgets them.
+    def take(self, *extra: Tensor) -> Tensor:
+        """The stages of the last forward pass, then ``extra``, side by side: (B, sum of C, grid, grid). Clears the tap.
 
         Raises:
-            RuntimeError: naming the stages that the forward pass did not reach.
+            RuntimeError: if the forward pass did not reach all stages, with their names.
         """
         if self.missing:
             raise RuntimeError(
-                f"the forward pass did not reach stage(s) {', '.join(self.missing)}; tap a network before it is "
+                f"the forward pass did not reach stage(s) {', '.join(self.missing)}: tap a network before it is "
                 "compiled or first run, and name only layers that every forward pass calls"
             )
-        features = torch.cat([*self._caught.values(), *more], dim=1)
+        features = torch.cat([*self._caught.values(), *extra], dim=1)
         self.clear()
         return features
 
     def clear(self) -> None:
-        """Forgets what was caught."""
+        """Drops what was caught."""
         for stage in self._caught:
             self._caught[stage] = torch.empty(0)
 
     def remove(self) -> None:
-        """Takes the hooks off the encoder."""
+        """Removes the hooks from the encoder."""
         for handle in self._handles:
             handle.remove()
         self.clear()
@@ -81,6 +90,9 @@ def center_crop(maps: Tensor, side: int) -> Tensor:
 
 
 def align(features: Tensor, grid: int) -> Tensor:
-    """Maps resized to the readout's grid: (B, C, H, W) -> (B, C, grid, grid), detached float32, always a new tensor."""
+    """Resizes maps to the readout's grid: (B, C, H, W) -> (B, C, grid, grid), float32, detached, always a new tensor.
+
+    Source: the authors' code (bilinear, ``align_corners=True``).
+    """
     resized = F.interpolate(features.detach().float(), (grid, grid), mode="bilinear", align_corners=True)
     return resized.contiguous()

@@ -14,28 +14,34 @@ from padprobe.maps import TARGETS, Target, position_maps, target_name
 
 
 class PosENet(nn.Module):
-    """Predicts position maps from stages that were aligned to one grid: one independent readout a target.
+    """The paper's readout: predicts position maps from stages aligned to one grid, independently for each target.
 
-    Conv k x k (without padding) -> BatchNorm -> sigmoid -> bilinear to ``size``; deeper ones have (Conv k x k of C -> C
-    channels, BatchNorm, ReLU) layers before. Xavier-uniform weights, zero biases. Readouts share nothing but the
-    features and each target's weights come from its own random stream, so adding a target changes no other's result.
-    The global random state is left alone.
+    Conv k x k (without padding) -> BatchNorm -> sigmoid -> bilinear upsampling to ``size``. With a depth above 1,
+    blocks of Conv k x k (C -> C channels), BatchNorm and ReLU come first. Weights are Xavier-uniform, biases zero. The
+    readouts of different targets share only the features, and each target has its own random stream, so that adding a
+    target does not change the results of the others. The global random state is left alone.
 
     Args:
-        in_channels: channels of all stages together (1472 for VGG16; 3 for the RGB image alone, the paper's "PosENet").
+        in_channels: channels of all stages together (1472 for VGG16; 3 for the image alone, the paper's "PosENet").
         targets: position maps to predict, see :func:`~padprobe.position_maps`.
-        kernel_size: of every convolution; odd.
+        kernel_size: size of every convolution; odd.
         depth: number of convolutions.
-        padding: zero padding of the convolutions (the paper's table 4 gives PosENet 0, 1 and 2).
+        padding: zero padding of the convolutions (0, 1 or 2 in the paper's table 4).
         grid: side of the aligned features in cells.
         size: height and width of the maps in pixels.
-        seed: of the initial weights.
-        scale: of the maps, see :func:`~padprobe.position_maps`.
+        seed: seed of the initial weights.
+        scale: scale of the maps, see :func:`~padprobe.position_maps`.
 
     Raises:
-        ValueError: for an unknown target, an even kernel, or a kernel and depth that leave nothing of the grid.
+        ValueError: for an unknown target, an even kernel, or convolutions that leave nothing of the grid.
 
-    Source: paper, section 3.1 and table 2; the authors' code for what the text leaves open.
+    Source: paper, section 3.1 and table 2; the authors' code where the text says nothing.
+
+    Example:
+        >>> readout = PosENet(in_channels=24, targets=["H", "G"])
+        >>> features = torch.rand(4, 24, 28, 28)
+        >>> readout(features).shape, readout.loss(features).shape
+        (torch.Size([4, 2, 224, 224]), torch.Size([2]))
     """
 
     def __init__(
@@ -71,13 +77,13 @@ class PosENet(nn.Module):
             weights.append(
                 nn.init.xavier_uniform_(torch.empty(1, in_channels, kernel_size, kernel_size), generator=generator)
             )
-        self.weight = nn.Parameter(torch.cat(weights))  # (T, C, k, k): one convolution a target
+        self.weight = nn.Parameter(torch.cat(weights))  # (T, C, k, k): one convolution per target
         self.bias = nn.Parameter(torch.zeros(len(weights)))
-        self.norm = nn.BatchNorm2d(len(weights))  # one channel a target: the same as a BatchNorm(1) each
+        self.norm = nn.BatchNorm2d(len(weights))  # one channel per target, the same as one BatchNorm(1) each
 
         # Bilinear upsampling is linear and separable: full = up @ small @ up.T, so the squared error at full size is a
         # quadratic form in the small map. See errors().
-        up = F.interpolate(torch.eye(side)[None], size=size, mode="linear", align_corners=False)[0].T  # (size, side)
+        up = upsampling(side, size)
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("gram", up.T @ up, persistent=False)
         self.register_buffer("projected", up.T @ self.maps @ up, persistent=False)  # (T, side, side)
@@ -88,7 +94,7 @@ class PosENet(nn.Module):
     projected: Tensor
 
     def raw(self, features: Tensor) -> Tensor:
-        """What the convolutions give, before BatchNorm: (B, C, grid, grid) -> (B, T, side, side)."""
+        """The output of the convolutions, before BatchNorm: (B, C, grid, grid) -> (B, T, side, side)."""
         if self.depth > 1:
             split = zip(self.hidden, self.weight[:, None], self.bias[:, None], strict=True)
             return torch.cat([F.conv2d(h(features), w, b, padding=self.padding) for h, w, b in split], dim=1)
@@ -112,7 +118,7 @@ class PosENet(nn.Module):
     def errors(self, small: Tensor) -> Tensor:
         """Mean squared error at full size of each small map P: (B, T, side, side) -> (B, T).
 
-        Without the full-size maps: with K = up' up and B = up' map up, |up P up' - map|^2 = <P, K P K> - 2 <P, B> +
+        It needs no full-size map: with K = up' up and B = up' map up, |up P up' - map|^2 = <P, K P K> - 2 <P, B> +
         |map|^2.
         """
         quadratic = (small * (self.gram @ small @ self.gram)).sum((2, 3))
@@ -122,10 +128,20 @@ class PosENet(nn.Module):
 
 
 def readout_side(kernel_size: int = 3, depth: int = 1, padding: int = 0, grid: int = 28) -> int:
-    """Side of the map that a readout predicts, in cells, before it is upsampled.
+    """Side, in cells, of the map that a readout predicts before it is upsampled.
+
+    Args:
+        kernel_size: size of each convolution; odd.
+        depth: number of convolutions.
+        padding: zero padding of each convolution.
+        grid: side of the features in cells.
 
     Raises:
-        ValueError: for an even kernel, or a kernel and depth that leave nothing of the grid.
+        ValueError: for an even kernel, or convolutions that leave fewer than 2 cells of the grid.
+
+    Example:
+        >>> readout_side(kernel_size=3), readout_side(kernel_size=3, depth=3)
+        (26, 22)
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}; expected an odd number such as 1, 3, 5 or 7")
@@ -140,16 +156,34 @@ def readout_side(kernel_size: int = 3, depth: int = 1, padding: int = 0, grid: i
     return side
 
 
+def upsampling(side: int, size: int) -> Tensor:
+    """The matrix of bilinear upsampling from ``side`` to ``size``: full = up @ small @ up.T. Shape (size, side).
+
+    Example:
+        >>> upsampling(2, 4)
+        tensor([[1.0000, 0.0000],
+                [0.7500, 0.2500],
+                [0.2500, 0.7500],
+                [0.0000, 1.0000]])
+    """
+    return F.interpolate(torch.eye(side)[None], size=size, mode="linear", align_corners=False)[0].T
+
+
 def _stream(target: Target) -> int:
-    """The number of a target's own random stream."""
+    """The number of a target's random stream."""
     return TARGETS.index(target) if target in TARGETS else 5 + zlib.crc32(target_name(target).encode())
 
 
 def conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """``F.conv2d(features, weight, padding=padding)`` for a handful of output channels, several times faster.
+    """``F.conv2d(features, weight, padding=padding)``, several times faster for a handful of output channels.
 
-    All the kernel's taps as one matrix product over the channels, then their few rows shifted and added. Features are
-    given, not learnt: they get no gradient.
+    All taps of the kernel are one matrix product over the channels; the few resulting rows are shifted and added. The
+    features get no gradient.
+
+    Example:
+        >>> features, weight = torch.rand(2, 16, 8, 8), torch.rand(3, 16, 3, 3)
+        >>> torch.allclose(conv_few(features, weight, padding=1), F.conv2d(features, weight, padding=1), atol=1e-4)
+        True
     """
     k, side = weight.shape[-1], features.shape[-1] + 2 * padding - weight.shape[-1] + 1
     if padding >= k:
@@ -159,9 +193,10 @@ def conv_few(features: Tensor, weight: Tensor, padding: int) -> Tensor:
 
 
 class _Taps(torch.autograd.Function):
-    """``rows @ features`` for (R, C) and (B, C, N): (B, R, N); the gradient is summed over the batch as it is made.
+    """``rows @ features`` for (R, C) and (B, C, N): (B, R, N). The backward pass sums the gradient over the batch.
 
-    On a CPU image by image: the batch's products would be large temporaries, whose pages cost more than the sums.
+    On a CPU it does so image by image: the products of a whole batch would be large temporaries, and allocating them
+    costs more than the sums.
     """
 
     @staticmethod
@@ -181,5 +216,12 @@ class _Taps(torch.autograd.Function):
 
 
 def make_optimizer(readout: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
-    """The paper's optimizer for a readout: SGD, momentum .9, weight decay 1e-4 (section 3.2; lr from the code)."""
+    """The paper's optimizer for a readout: SGD with momentum 0.9 and weight decay 1e-4.
+
+    Source: paper, section 3.2; the learning rate from the authors' code.
+
+    Example:
+        >>> make_optimizer(PosENet(in_channels=3)).defaults["momentum"]
+        0.9
+    """
     return torch.optim.SGD(readout.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)

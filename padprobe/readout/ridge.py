@@ -1,9 +1,9 @@
 """A readout in closed form: ridge regression from features to position maps, without a learning rate.
 
-It takes the place of f_pem in the paper's section 3.1; ridge regression is ours. Two ways to the same weights: by the
-Gram matrix, gathered in one pass over images that need not be kept (:class:`RidgeStatistics`, :func:`solve`), or, where
-:func:`gram_gb` says that the matrix is too large, by conjugate gradients on kept features
-(:func:`solve_by_gradients`).
+It replaces f_pem of the paper's section 3.1; using ridge regression is ours. There are two ways to the same weights.
+:class:`RidgeStatistics` gathers the Gram matrix in one pass over the images, which need not be kept, and :func:`solve`
+solves it. Where :func:`gram_gb` says that the matrix is too large, :func:`solve_by_gradients` uses conjugate gradients
+on features that are kept.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from padprobe.readout.posenet import conv_few
+from padprobe.readout.posenet import conv_few, readout_side, upsampling
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""Penalties to choose from: what is added to each eigenvalue of the features' correlation matrix. The features are kept
-in half precision, whose rounding is about 1e-7 of a feature's mean square: at 1e-6 it decides, and two runs that differ
-in nothing but rounding give other readouts."""
+"""Penalties to choose from. A penalty is added to each eigenvalue of the features' correlation matrix. The features are
+kept in half precision, with a rounding error of about 1e-7 of a feature's mean square. At a penalty of 1e-6 that error
+would decide: two runs that differ only in rounding would give different readouts."""
 
 GRAM_LIMIT_GB = 0.1
-"""Above this (d of 2,500), prefer :func:`solve_by_gradients`: the products cost more than a VGG16 pass by then."""
+"""Above this size (d = 2,500) prefer :func:`solve_by_gradients`: the products then cost more than a pass of VGG16."""
 
 CONSTANT_SD = 1e-5
-"""A feature whose sd is under this fraction of its root mean square counts as constant (rounding) and gets weight 0."""
+"""A feature counts as constant, and gets weight 0, if its sd is below this fraction of its root mean square."""
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -34,33 +34,43 @@ TINY = torch.finfo(torch.float64).tiny
 def gram_gb(in_channels: int, kernel_size: int) -> float:
     """GB (1e9 bytes) of the Gram matrices of :class:`RidgeStatistics`: 16 d^2 bytes for d = C * k * k features.
 
-    .035 for VGG16 at kernel 1 and 2.8 at kernel 3. :func:`solve` needs up to three times as much again, and time as
-    d^3; an update takes cells * d^2 multiplications an image.
+    For VGG16 0.035 at kernel 1 and 2.8 at kernel 3. :func:`solve` needs up to three times as much on top, and time that
+    grows as d^3. An update takes cells * d^2 multiplications per image.
+
+    Example:
+        >>> round(gram_gb(1472, kernel_size=1), 3), round(gram_gb(1472, kernel_size=3), 1)
+        (0.035, 2.8)
     """
     return 2 * 8 * (in_channels * kernel_size**2) ** 2 / 1e9
 
 
 class RidgeStatistics(Metric):
-    """All that ridge regression needs to know of the features, streamed over batches and summed across processes.
+    """Gathers all that ridge regression needs to know about the features, over batches and processes.
 
-    ``update`` takes features of shape (B, C, grid, grid) and ``held_out``, bool (B,): the images on which lambda is
-    chosen. With side = grid - kernel_size + 1 and d = C * kernel_size^2, ``compute`` gives a dictionary of the states,
-    float64; index 0 is of the images to fit, 1 of those held out:
+    ``update`` takes features (B, C, grid, grid) and ``held_out``, bool (B,), which marks the images that choose lambda.
+    With side = grid - kernel_size + 1 and d = C * kernel_size^2, ``compute`` returns the states, float64. Their index 0
+    is for the images to fit, 1 for those held out:
 
     - ``gram`` (2, d, d): sum of x x' over images and cells;
-    - ``sums`` (2, d, side * side): sum of x over images, cell by cell. Serves any target: X't = sums @ t;
-    - ``images`` (2,): how many.
+    - ``sums`` (2, d, side * side): sum of x over images, cell by cell. It serves any target: X't = sums @ t;
+    - ``images`` (2,): number of images.
 
-    Each image's Gram matrix is computed on its own, in the features' precision, about the image's means, and added in
-    float64: batch size and order of images change nothing beyond float64's rounding.
+    Each image's Gram matrix is computed by itself, in the features' precision and about the image's means, and added in
+    float64. So batch size and order of the images change nothing beyond the rounding of float64.
 
     Args:
-        in_channels: C, channels of all stages together.
+        in_channels: channels of all stages together, C.
         kernel_size: side of the neighbourhood that a cell is read from; odd.
         grid: side of the aligned features in cells.
 
     Raises:
         ValueError: for an even kernel or one that leaves nothing of the grid; in ``update``, for other shapes.
+
+    Example:
+        >>> statistics = RidgeStatistics(in_channels=8, grid=14)
+        >>> statistics.update(torch.rand(20, 8, 14, 14), torch.arange(20) % 5 == 4)
+        >>> statistics.compute()["images"]
+        tensor([16.,  4.], dtype=torch.float64)
     """
 
     full_state_update = False
@@ -70,7 +80,7 @@ class RidgeStatistics(Metric):
 
     def __init__(self, in_channels: int, kernel_size: int = 1, grid: int = 28) -> None:
         super().__init__()
-        side = _side(kernel_size, grid)
+        side = readout_side(kernel_size, grid=grid)
         self.in_channels, self.kernel_size, self.grid = in_channels, kernel_size, grid
         d = in_channels * kernel_size**2
         for name, shape in (("gram", (2, d, d)), ("sums", (2, d, side**2)), ("images", (2,))):
@@ -94,19 +104,25 @@ class RidgeStatistics(Metric):
 
 
 class RidgeReadout(nn.Module):
-    """Predicts position maps by one linear convolution without padding, then bilinear upsampling: no sigmoid, no clamp.
+    """Predicts position maps by one linear convolution, then bilinear upsampling. No padding, no sigmoid, no clamp.
 
-    Made by :func:`solve` and :func:`solve_by_gradients`; nothing in it is trained.
+    :func:`solve` and :func:`solve_by_gradients` make it. Nothing in it is trained.
 
     Args:
         targets: names of the maps, T of them.
         maps: the maps, (T, size, size).
-        weight: (T, C, k, k), of features as they come (not standardised).
+        weight: (T, C, k, k), for features that are not standardised.
         bias: (T,).
         grid: side of the aligned features in cells.
         lam: the penalty of each target.
 
     Source: paper, section 3.1, for the readout's place; ridge is ours.
+
+    Example:
+        >>> maps = torch.linspace(0, 1, 32).expand(1, 32, 32)
+        >>> readout = RidgeReadout(["H"], maps, torch.ones(1, 4, 3, 3), torch.zeros(1), grid=8, lam=[0.1])
+        >>> readout(torch.rand(2, 4, 8, 8)).shape
+        torch.Size([2, 1, 32, 32])
     """
 
     depth, padding = 1, 0
@@ -124,8 +140,7 @@ class RidgeReadout(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("maps", maps.to(weight), persistent=False)
-        side = _side(self.kernel_size, grid)
-        up = F.interpolate(torch.eye(side)[None], size=self.size, mode="linear", align_corners=False)[0].T
+        up = upsampling(readout_side(self.kernel_size, grid=grid), self.size)
         self.register_buffer("up", up.to(weight), persistent=False)  # (size, side)
 
     def predict_small(self, features: Tensor) -> Tensor:
@@ -141,34 +156,41 @@ class RidgeReadout(nn.Module):
 def solve(
     statistics: RidgeStatistics, targets: Sequence[str], maps: Tensor, lambdas: Sequence[float] = LAMBDAS
 ) -> RidgeReadout:
-    """The ridge readout of each target: its penalty chosen on the held-out images, its weights fitted on all images.
+    """Solves for the ridge readout of each target. Held-out images choose the penalty; all images give the weights.
 
-    Minimises, over images and cells, mean squared error + lambda |w|^2, where w are the weights of features with mean 0
-    and sd 1 (a constant feature gets 0) and the intercept is free. The target of a cell is the mean of the map over it.
+    Minimises, over images and cells, mean squared error + lambda |w|^2. Here w are the weights of features with mean 0
+    and sd 1 (a constant feature gets 0); the intercept is free. The target of a cell is the mean of the map over it.
 
     Args:
-        statistics: of the images; their sum over processes is used.
+        statistics: of the images; their sum over all processes is used.
         targets: names of the maps, T of them.
         maps: (T, size, size).
         lambdas: penalties to choose from, each above 0.
 
     Raises:
-        ValueError: without images to fit or held-out images, for features that are not finite, maps that are not one
-            square a target, or bad ``lambdas``.
+        ValueError: without images to fit or held-out images, for features that are not finite, for maps that are not
+            one square per target, or for bad ``lambdas``.
 
     Source: paper, section 3.1, for the readout's place; ridge is ours.
+
+    Example:
+        >>> maps = torch.linspace(0, 1, 32).expand(1, 32, 32)
+        >>> statistics = RidgeStatistics(in_channels=1, grid=8)
+        >>> statistics.update(torch.linspace(-1, 1, 8).expand(10, 1, 8, 8), torch.arange(10) % 5 == 4)
+        >>> solve(statistics, ["H"], maps).weight.flatten()
+        tensor([0.4516])
     """
     state = statistics.compute()
     gram, sums, images = state["gram"], state["sums"], state["images"]
     _check_images(images.tolist(), sums)
     penalties = _penalties(lambdas, gram.device)
-    side = _side(statistics.kernel_size, statistics.grid)
+    side = readout_side(statistics.kernel_size, grid=statistics.grid)
     target = _cells(targets, maps.to(gram), side).flatten(1)  # (T, cells)
     level = target.mean(1)
     deviation = target - level[:, None]  # sums to 0, so features need no centring against it
 
-    # The eigendecomposition of the correlation matrix serves every target and lambda. Its weights are judged on the
-    # held-out images, standardised as the images to fit are: error = w' XX w - 2 w' Xt (+ t't, the same for all).
+    # One eigendecomposition of the correlation matrix serves every target and lambda. The weights are judged on the
+    # held-out images, standardised like the images to fit: error = w' XX w - 2 w' Xt (+ t't, the same for all).
     count = images * side**2
     mean, inverse_sd, correlation = _standardised(gram[0], sums[0], count[0])
     cross = deviation @ sums[0].T / count[0] * inverse_sd  # (T, d)
@@ -200,26 +222,32 @@ def solve_by_gradients(
     iterations: int = 30,
     device: str | torch.device = "cpu",
 ) -> RidgeReadout:
-    """The readout of :func:`solve` by conjugate gradients, for features too many for a Gram matrix.
+    """Solves for ridge readouts by conjugate gradients, for features too many for a Gram matrix.
 
-    Fitted on the images to fit alone: the held-out images choose lambda and are not used again. An iteration is one
-    sweep over the features (about as long as an epoch of PosENet's training) for all targets and lambdas; two more
-    sweeps come first and last. Stops early at a relative residual of 1e-8; few iterations act as a penalty of their
-    own, so small lambdas may give nearly the same readout. The features are read, never copied, in float32.
+    The weights are fitted on the images to fit alone; the held-out images only choose lambda. One iteration is one
+    sweep over the features, about as long as an epoch of PosENet's training, for all targets and lambdas at once. There
+    is one more sweep before and one after. It stops early at a relative residual of 1e-8. Few iterations act like a
+    further penalty, so small lambdas may give nearly the same readout. The features are read in float32, never copied.
 
     Args:
-        batches: each call iterates anew over (features (B, C, grid, grid), held_out (B,) bool).
+        batches: each call returns a new iterator over (features (B, C, grid, grid), held_out (B,) bool).
         in_channels, kernel_size, grid: as in :class:`RidgeStatistics`.
         targets, maps, lambdas: as in :func:`solve`.
-        iterations: at most so many.
+        iterations: the most iterations to take.
         device: where to compute; the batches are moved there.
 
     Raises:
         ValueError: as :func:`solve` and :class:`RidgeStatistics` do.
 
     Source: B. Jegerlehner, Krylov space solvers for shifted linear systems, 1996 (hep-lat/9612014).
+
+    Example:
+        >>> features, held_out = torch.rand(10, 4, 8, 8), torch.arange(10) % 5 == 4
+        >>> maps = torch.linspace(0, 1, 32).expand(1, 32, 32)
+        >>> solve_by_gradients(lambda: [(features, held_out)], 4, ["H"], maps, grid=8)(features).shape
+        torch.Size([10, 1, 32, 32])
     """
-    side, device, k = _side(kernel_size, grid), torch.device(device), kernel_size
+    side, device, k = readout_side(kernel_size, grid=grid), torch.device(device), kernel_size
     penalties = _penalties(lambdas, device)
 
     def sweep() -> Iterator[tuple[Tensor, Tensor]]:
@@ -230,25 +258,20 @@ def solve_by_gradients(
     def convolve(features: Tensor, weights: Tensor) -> Tensor:
         return conv_few(features, weights.float().reshape(-1, in_channels, k, k), 0)
 
-    # Means, sds and X't of every tap's window follow from sums over images, cell by cell.
-    sums, squares = torch.zeros(2, 2, in_channels, grid, grid, dtype=torch.float64, device=device)  # [1]: held out
-    images = [0, 0]
+    # means, sds and X't of every tap's window follow from sums over images, cell by cell
+    sums, squares, images = _sums(
+        sweep(), torch.zeros(2, 2, in_channels, grid, grid, dtype=torch.float64, device=device)
+    )
+    _check_images(images, sums)
     target = _cells(targets, maps.to(sums), side)  # (T, side, side)
     level = target.mean((1, 2))
-    for features, held_out in sweep():
-        for values, part in zip(features, held_out.int().tolist(), strict=True):
-            image = values.double()
-            sums[part] += image
-            squares[part].addcmul_(image, image)
-            images[part] += 1
-    _check_images(images, sums)
     count, ones = images[0] * side**2, torch.ones_like(target[None, :1])
     mean = _correlate(sums[:1], ones, k)[0] / count  # (d,)
     inverse_sd = _inverse_sd(mean, _correlate(squares[:1], ones, k)[0] / count)
     cross = _correlate(sums[:1], (target - level[:, None, None])[None], k) / count * inverse_sd  # (T, d)
 
     def apply(vectors: Tensor) -> Tensor:
-        """Vectors (T, d) times the correlation matrix of the features."""
+        """The correlation matrix of the features times vectors (T, d)."""
         raw = vectors * inverse_sd
         offset = (raw @ mean).float()[:, None, None]
         product, total = torch.zeros_like(raw), torch.zeros_like(level)
@@ -263,7 +286,7 @@ def solve_by_gradients(
     bias = (level[:, None] - weight.double() @ mean).float()
     error = torch.zeros_like(bias, dtype=torch.float64)  # squared error on held-out images
     for features, held_out in sweep():
-        for i in held_out.nonzero().flatten().tolist():  # one by one: a view, not a copy
+        for i in held_out.nonzero().flatten().tolist():  # one at a time, for a view in place of a copy
             prediction = convolve(features[i : i + 1], weight).reshape(*bias.shape, side, side) + bias[:, :, None, None]
             error += (prediction - target[:, None]).square().sum((2, 3))
     best, each = error.argmin(1), torch.arange(len(maps), device=device)
@@ -271,10 +294,26 @@ def solve_by_gradients(
     return RidgeReadout(targets, maps, chosen, bias[each, best], grid, penalties[best].tolist())
 
 
+def _sums(batches: Iterable[tuple[Tensor, Tensor]], totals: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Adds up x and x^2 over images in ``totals`` (2, 2, C, grid, grid), and counts the images.
+
+    Index 1 of the results is for the images held out, index 0 for the others.
+    """
+    (sums, squares), images = totals, [0, 0]
+    for features, held_out in batches:
+        for values, part in zip(features, held_out.int().tolist(), strict=True):
+            image = values.double()
+            sums[part] += image
+            squares[part].addcmul_(image, image)
+            images[part] += 1
+    return sums, squares, images
+
+
 def _shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalties: Tensor, iterations: int) -> Tensor:
     """Solves (A + lambda) x = b for each b of ``right`` (T, d) and each of L ``penalties``: (T, L, d), float64.
 
-    Conjugate gradients on the smallest penalty's system; the others' residuals are multiples (``scale``) of its own.
+    Conjugate gradients run on the system of the smallest penalty. The residuals of the others are multiples (``scale``)
+    of its residual.
     """
     seed = penalties.min()
     shift = penalties - seed  # (L,)
@@ -291,7 +330,7 @@ def _shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalti
         image = apply(direction) + seed * direction
         step = torch.where(active, norm / (direction * image).sum(1).clamp_min(TINY), 0.0)
         memory = step * beta / step_before.clamp_min(TINY)
-        ratio = 1 / (1 + shift * step[:, None] + memory[:, None] * (1 - ratio))  # of scale to the scale before
+        ratio = 1 / (1 + shift * step[:, None] + memory[:, None] * (1 - ratio))  # of scale to the previous scale
         scale = scale * ratio
         solution += (step[:, None] * ratio)[:, :, None] * directions
         residual -= step[:, None] * image
@@ -305,7 +344,7 @@ def _shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalti
 def _correlate(features: Tensor, maps: Tensor, k: int) -> Tensor:
     """Features (B, C, H, W) times maps (B, T, H-k+1, W-k+1) at each of k x k offsets, summed: (T, C*k*k), float64.
 
-    The transpose of ``conv_few``: its shifted sums (fold) become shifted copies of the few maps (unfold).
+    This is the transpose of ``conv_few``: its shifted sums (fold) become shifted copies of the few maps (unfold).
     """
     rows = F.unfold(maps, k, padding=k - 1)  # (B, T*k*k, H*W)
     products = torch.bmm(rows, features.flatten(2).mT).sum(0, dtype=torch.float64)
@@ -336,7 +375,7 @@ def _ridge(correlation: Tensor, cross: Tensor, penalties: Tensor) -> Tensor:
 def _cells(targets: Sequence[str], maps: Tensor, side: int) -> Tensor:
     """The mean of maps (T, size, size) over each cell: (T, side, side)."""
     if maps.shape != (len(targets), maps.shape[-1], maps.shape[-1]):
-        raise ValueError(f"maps are {tuple(maps.shape)}; expected ({len(targets)}, size, size), a square map a target")
+        raise ValueError(f"maps are {tuple(maps.shape)}; expected ({len(targets)}, size, size)")
     return F.adaptive_avg_pool2d(maps, side)
 
 
@@ -346,32 +385,20 @@ def _penalties(lambdas: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(tuple(lambdas), dtype=torch.float64, device=device)
 
 
-def _side(kernel_size: int, grid: int) -> int:
-    """Cells along a side of the prediction."""
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size is {kernel_size}; expected an odd number such as 1 or 3")
-    if grid - kernel_size < 1:
-        raise ValueError(
-            f"kernel_size {kernel_size} leaves {grid - kernel_size + 1} cells of a grid of {grid}; 2 are needed: "
-            "use a larger grid or a smaller kernel_size"
-        )
-    return grid - kernel_size + 1
-
-
 def _check(features: Tensor, held_out: Tensor, in_channels: int, grid: int) -> None:
     if features.shape[1:] != (in_channels, grid, grid):
         raise ValueError(f"features are {tuple(features.shape)}; expected (images, {in_channels}, {grid}, {grid})")
     if held_out.shape != features.shape[:1] or held_out.dtype != torch.bool:
         raise ValueError(
-            f"held_out is {held_out.dtype} {tuple(held_out.shape)}; expected one bool an image, ({len(features)},)"
+            f"held_out is {held_out.dtype} {tuple(held_out.shape)}; expected one bool per image, ({len(features)},)"
         )
 
 
 def _check_images(images: Sequence[float], sums: Tensor) -> None:
     if not min(images):
         raise ValueError(
-            f"{images[0]:.0f} images to fit and {images[1]:.0f} held out; lambda is chosen on held-out images: mark "
-            "some, such as every tenth image, in held_out, and leave the others to the fit"
+            f"{images[0]:.0f} images to fit and {images[1]:.0f} held out; both are needed, because held-out images "
+            "choose lambda: mark some images in held_out, such as every tenth"
         )
     if not sums.isfinite().all():
         raise ValueError("the features have NaN or infinite values: check the encoder's weights and its input's range")

@@ -1,4 +1,4 @@
-"""Trained readouts in a file: what they are, and their weights."""
+"""Trained readouts in a file, with all that is needed to use them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from padprobe.results import write_atomically
 
 @dataclass
 class SavedReadouts:
-    """Trained readouts, and all that they need to know of the encoder's pass.
+    """Trained readouts, and the facts about the encoder's pass that they depend on.
 
     Attributes:
-        readouts: each of them, controls included, with its seed.
+        readouts: each readout, controls included, with its seed.
         states: their weights, in the same order.
         targets: position maps.
         grid, image_size, normalize, selectivity: see :func:`~padprobe.probe_encoder`.
-        layers: of the encoder that they were trained on, its stages f1..fn.
+        layers: the layers of the encoder that they were trained on, its stages f1..fn.
     """
 
     readouts: list[tuple[Readout, int]]
@@ -45,25 +45,40 @@ _FACTS = ("targets", "grid", "image_size", "normalize", "selectivity", "layers")
 
 
 def check_savable(readouts: Iterable[Readout], targets: Iterable[Any]) -> None:
-    """Raises ValueError for a target that is a function, or where nothing will be trained."""
+    """Checks, before any work, that readouts can be saved.
+
+    Raises:
+        ValueError: for a target that is a function, or if none of the readouts is trained.
+
+    Example:
+        >>> check_savable([Readout()], ["H", "G"])
+    """
     if unnamed := [target for target in targets if target not in TARGETS]:
         raise ValueError(
-            f"readouts of {unnamed[0]!r} cannot be saved: only the targets {', '.join(TARGETS)} have names"
+            f"readouts of the target {unnamed[0]!r} cannot be saved: only {', '.join(TARGETS)} can be named in a file"
         )
     if all(readout.kind != "posenet" for readout in readouts):
-        raise ValueError("there are no trained readouts to save; ridge is solved anew for every encoder")
+        raise ValueError("there are no trained readouts to save: ridge is solved again for every encoder")
 
 
 def save_readouts(
     path: str | Path, made: Mapping[tuple[Readout, int], Any], targets: Sequence[Any], **facts: Any
 ) -> None:
-    """Writes trained readouts as safetensors; what they are stands in the file's header.
+    """Writes trained readouts to a safetensors file, with their description in its header.
 
     Args:
-        path: of the file.
-        made: the readouts by kind and seed; those in closed form are left out.
-        targets: position maps by name.
+        path: where to write.
+        made: the readouts by settings and seed; those in closed form are left out.
+        targets: names of the position maps.
         facts: the other attributes of :class:`SavedReadouts`.
+
+    Example:
+        >>> import tempfile
+        >>> facts = {"grid": 28, "image_size": 224, "normalize": False, "selectivity": False, "layers": ["3", "8"]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_readouts(f"{folder}/r.safetensors", {(Readout(), 0): PosENet(8, ["H"])}, ["H"], **facts)
+        ...     load_readouts(f"{folder}/r.safetensors").readouts
+        [(Readout(kind='posenet', stages='all', kernel_size=3, depth=1, padding=0, scale='unit'), 0)]
     """
     trained = {key: module for key, module in made.items() if isinstance(module, PosENet)}
     header = {**facts, "targets": list(targets), "readouts": [(dataclasses.asdict(r), seed) for r, seed in trained]}
@@ -76,13 +91,18 @@ def save_readouts(
 
 
 def load_readouts(path: str | Path) -> SavedReadouts:
-    """What :func:`save_readouts` wrote.
+    """Reads a file that :func:`save_readouts` wrote, as data only.
 
     Raises:
-        ValueError: for a file that is not there, is no safetensors file, or was not written by padprobe.
+        ValueError: for a file that does not exist, is not a safetensors file, or was not written by padprobe.
+
+    Example:
+        >>> load_readouts("missing.safetensors")
+        Traceback (most recent call last):
+        ValueError: no file of readouts 'missing.safetensors': make one with `padprobe probe --save-readouts FILE`
     """
     if not Path(path).is_file():
-        raise ValueError(f"no file of readouts {str(path)!r}: `padprobe probe --save-readouts FILE` writes one")
+        raise ValueError(f"no file of readouts {str(path)!r}: make one with `padprobe probe --save-readouts FILE`")
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["padprobe"])

@@ -1,4 +1,4 @@
-"""Position without any readout: the share of the features' variance that position explains (ours, no training)."""
+"""Position without a readout: the share of the features' variance that position explains (ours, no training)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ from torch import Tensor
 from torchmetrics import Metric
 
 GROUPS = 10
-"""The images are dealt into so many groups, of which every other makes up each half: the interval leaves one out."""
+"""Number of groups that the images are dealt into. Even groups are half A, odd ones half B; the interval leaves out one
+group at a time."""
 
 
 class PositionVariance(Metric):
-    """How much of each channel's variance over images and cells is explained by the cell alone: eta squared.
+    """Eta squared: how much of each channel's variance, over images and cells, the cell alone explains.
 
-    The images are split into two halves, A and B. With m_A and m_B a channel's mean over each half cell by cell,
-    spatially centred, eta2 = mean_p(m_A m_B) / Var(f): the noise of the two means is independent, so that the expected
-    value is 0 where position explains nothing, however few images there are (single values may be slightly negative).
-    Of several channels, eta2 is the ratio of the sums. Streaming; states sum across processes; the result depends
-    neither on the batch size nor, but for rounding, on the order in which images come.
+    The images are split into two halves, A and B. Let m_A and m_B be a channel's mean over each half, cell by cell,
+    with the spatial mean subtracted. Then eta2 = mean_p(m_A m_B) / Var(f). The noise of the two means is independent,
+    so the expected value is 0 where position explains nothing, however few images there are; single values may be
+    slightly negative. For several channels, eta2 is the ratio of the sums. States are summed over batches and
+    processes. The result does not depend on the batch size, nor, up to rounding, on the order of the images.
 
     Args:
-        in_channels: C.
+        in_channels: number of channels, C.
         grid: side of the aligned features in cells.
 
-    Source: this measure is ours; the paper reads position out with trained networks only (section 3.1).
+    Source: ours; the paper reads position out with trained networks only (section 3.1).
+
+    Example:
+        >>> ramp = torch.linspace(0, 1, 8).expand(20, 1, 8, 8)  # position explains all of it
+        >>> variance = PositionVariance(in_channels=1, grid=8)
+        >>> variance.update(ramp, torch.arange(20))
+        >>> round(variance.eta_squared().mean().item(), 3)
+        1.0
     """
 
     full_state_update = False
@@ -41,7 +49,7 @@ class PositionVariance(Metric):
         self.add_state("images", torch.zeros(GROUPS, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, index: Tensor) -> None:
-        """Adds images: features (B, C, grid, grid), and each one's place in its data set, (B,): half A has the even."""
+        """Adds images: features (B, C, grid, grid) and their indices in the data set (B,). Even images are half A."""
         for image, i in zip(features, index.tolist(), strict=True):
             group = i % GROUPS
             self.sums[group] += image
@@ -58,20 +66,22 @@ class PositionVariance(Metric):
         return state["sums"].sum(0) / state["images"].sum()
 
     def eta_squared(self, channels: slice = slice(None)) -> Tensor:
-        """eta2 of some channels together, cell by cell, (grid, grid): its mean is their eta2; 0 for constant channels.
+        """eta2 of some channels together, cell by cell: (grid, grid). The mean over cells is their eta2.
+
+        It is 0 for constant channels.
 
         Raises:
-            ValueError: where a half has no image.
+            ValueError: if a half has no image.
         """
         halves, squares, images = self._halves(channels)
         if not images.all():
             raise ValueError(
-                f"the two halves have {images.int().tolist()} images; expected one or more in each: use more images"
+                f"the two halves have {images.int().tolist()} images; expected at least one in each: use more images"
             )
         return _eta_squared(halves, squares, images)
 
     def interval(self, channels: slice = slice(None)) -> tuple[float, float]:
-        """95% interval over images of the channels' eta2: the jackknife over the groups; NaN for under 20 images."""
+        """95% interval over images of some channels' eta2, by the jackknife over the groups; NaN below 20 images."""
         state = self.compute()
         if state["images"].min() < 2:
             return math.nan, math.nan
@@ -87,7 +97,7 @@ class PositionVariance(Metric):
         return (value - spread).item(), (value + spread).item()
 
     def _halves(self, channels: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of each half (2, C, grid, grid), squares (C,) and images of each half (2,)."""
+        """Sums of each half (2, C, grid, grid), sums of squares (C,), and images in each half (2,)."""
         state = self.compute()
         halves, images = (
             torch.stack([values[half::2].sum(0) for half in (0, 1)])

@@ -271,7 +271,7 @@ def test_other_options_on_resuming_are_named(now, message, tmp_path, host, batch
 def test_other_targets_on_resuming_start_anew_and_say_so(tmp_path, host, batches):
     checkpoint = fitted(tmp_path, host, batches)
     run = trainer(tmp_path, probe(targets=["V"]))
-    with pytest.warns(UserWarning, match="has no readouts for .*'V'.* it has some for"):
+    with pytest.warns(UserWarning, match="has no readouts for .*'V'.* it has readouts for"):
         run.fit(host, batches, batches, ckpt_path=checkpoint)
 
 
@@ -322,7 +322,9 @@ class Readouts(Callback):
 
     def on_train_end(self, trainer, module):
         guests = [c for c in trainer.callbacks if isinstance(c, PositionProbeCallback)]
-        readouts = {f"{i} {name}": p.made().state_dict() for i, c in enumerate(guests) for name, p in c._probes.items()}
+        readouts = {
+            f"{i} {name}": p.current().state_dict() for i, c in enumerate(guests) for name, p in c._probes.items()
+        }
         images = {
             f"{i} {name}": len(s.per_image()["spc"]) for i, c in enumerate(guests) for name, s in c._scores.items()
         }

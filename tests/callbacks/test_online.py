@@ -42,7 +42,7 @@ def learn(fabric, folder):
             batch = features(sum(shares), step)
             part = batch if fabric.world_size == 1 else batch.split(shares)[fabric.global_rank]
             online.step(part if len(part) else None, late=step > 4)
-        readouts[name] = online.made().state_dict()
+        readouts[name] = online.current().state_dict()
     torch.save(readouts, folder / f"{fabric.world_size}-{fabric.global_rank}.pt")
     if dist.is_initialized():
         dist.barrier()
@@ -88,7 +88,7 @@ def test_forgetting_weighs_a_batch_by_its_age():
         for _ in range(times):
             plain.update(torch.cat([part, held]), torch.tensor([False] * 4 + [True]))
     expected = solve(plain, TARGETS, position_maps(SIZE, TARGETS))
-    assert torch.allclose(online.made().weight, expected.weight, atol=1e-6)
+    assert torch.allclose(online.current().weight, expected.weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [posenet, ridge])
@@ -99,16 +99,16 @@ def test_its_state_goes_on_where_it_was(make):
         (first if step < 3 else second).step(features(6, step), False)
         if step == 2:
             second.load_state_dict(first.state_dict())
-    expected, state = whole.made().state_dict(), second.made().state_dict()
+    expected, state = whole.current().state_dict(), second.current().state_dict()
     assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
 @pytest.mark.parametrize("make", [posenet, ridge])
 def test_nothing_is_made_of_nothing(make):
-    assert make().made() is None
+    assert make().current() is None
     online = make()
     online.step(features(2), False)
-    assert (online.made() is None) == (make is ridge)  # of two images none is held out
+    assert (online.current() is None) == (make is ridge)  # of two images none is held out
 
 
 def test_the_small_readout_reads_position_where_it_is():

@@ -86,6 +86,36 @@ def test_its_state_travels_in_the_checkpoint(tmp_path, host, batches):
         assert again.callback_metrics[key] == pytest.approx(run.callback_metrics[key].item(), abs=1e-6)
 
 
+def test_its_checkpoint_keeps_the_layout_of_earlier_versions(tmp_path, host, batches):
+    """Otherwise readouts of runs that are going on could not be resumed."""
+    expected = {
+        "posenet": {"readout", "momenta", "steps"},
+        "ridge": {"gram", "sums", "images", "seen", "steps"},
+    }
+    for readout, keys in expected.items():
+        run = trainer(tmp_path, probe(readout=readout, kernel_size=1, targets=["H"], each_stage=True), max_epochs=1)
+        run.fit(host, batches)
+        run.save_checkpoint(tmp_path / "end.ckpt")
+        saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
+        state = saved["PositionProbeCallback{'encoder': None, 'stages': 'auto', 'targets': ['H']}"]
+        assert state.keys() == {"options", "probes", "batches", "before"}
+        assert set(state["options"]) == {
+            *("readout", "targets", "kernel_size", "depth", "padding", "grid", "image_size"),
+            *("each_stage", "every_n_steps", "lr", "forget", "seed"),
+        }
+        assert state["probes"].keys() == {"", "f1", "f2"}
+        assert all(online.keys() == keys for online in state["probes"].values())
+
+
+def test_every_hook_can_be_found_by_its_name():
+    """A search for `def on_validation_epoch_end` finds it: no hook is another one under a second name."""
+    hooks = {name: hook for name, hook in vars(PositionProbeCallback).items() if hasattr(Callback, name)}
+    assert {"setup", "on_fit_start", "on_validation_epoch_end", "on_test_batch_end"} <= hooks.keys()
+    for name, hook in hooks.items():
+        if callable(hook) and not name.startswith("__"):
+            assert hook.__name__ == name
+
+
 def test_resuming_goes_on_where_the_run_stopped(tmp_path, batches, monkeypatch):
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)  # Lightning restores no random state
     torch.manual_seed(0)
@@ -285,7 +315,7 @@ def test_what_does_not_exist_is_named_before_training(tmp_path, host, batches, o
         ({"kernel_size": 2}, "kernel_size is 2"),
         ({"stages": "layer1"}, "'auto' or a list"),
         ({"readout": "lasso"}, "unknown readout 'lasso'"),
-        ({"readout": "ridge", "depth": 2}, "depth is 2 and padding 0; a ridge readout has depth 1"),
+        ({"readout": "ridge", "depth": 2}, "a ridge readout has depth 1 and no padding; got depth 2 and padding 0"),
         ({"readout": "ridge", "forget": 0.0}, "forget is 0.0; expected a number above 0"),
     ],
 )

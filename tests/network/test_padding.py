@@ -4,7 +4,8 @@ import torchvision
 from torch import nn
 
 from padprobe import find_stages, load_encoder, set_padding
-from padprobe.network.padding import PADDING_MODES, as_built, list_padding, padding_reach
+from padprobe.network.padding import PADDING_MODES, as_built, list_padding
+from padprobe.network.reach import padding_reach
 from padprobe.network.tap import StageTap
 
 

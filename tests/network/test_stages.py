@@ -6,8 +6,9 @@ import torchvision
 from torch import nn
 
 from padprobe import find_stages, set_padding
-from padprobe.network.padding import as_built, padding_reach
-from padprobe.network.stages import paper_stages
+from padprobe.network.padding import as_built
+from padprobe.network.reach import padding_reach
+from padprobe.network.stages import choose_layers
 from padprobe.network.tap import StageTap, align, center_crop
 from padprobe.network.trace import context_size, smallest_image, stage_shapes
 
@@ -139,9 +140,9 @@ def test_context_is_not_to_be_had_for_a_network_that_cannot_be_unpadded():
 
 
 def test_the_papers_stages_of_a_resnet_are_its_four_blocks():
-    assert paper_stages(torchvision.models.resnet152()) == ["layer1", "layer2", "layer3", "layer4"]
+    assert choose_layers(torchvision.models.resnet152(), "paper") == ["layer1", "layer2", "layer3", "layer4"]
     vgg = torchvision.models.vgg16()
-    assert paper_stages(vgg) == find_stages(vgg)
+    assert choose_layers(vgg, "paper") == find_stages(vgg)
 
 
 @pytest.mark.parametrize(("weights", "size"), [(None, 96), ("real", 224)])

@@ -248,13 +248,13 @@ def test_the_gram_of_vgg16_fits_at_kernel_1_only():
 def test_bad_input_is_named():
     features = random_features()
     fitted = torch.zeros(20, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"20 images to fit and 0 held out.*mark some"):
+    with pytest.raises(ValueError, match=r"20 images to fit and 0 held out; both are needed.*mark some"):
         solve(statistics_of(features, fitted), TARGETS, MAPS)
     with pytest.raises(ValueError, match="0 images to fit and 20 held out"):
         solve_by_gradients(gradient_batches(features, ~fitted), 5, TARGETS, MAPS, 1, 8)
     with pytest.raises(ValueError, match="kernel_size is 2"):
         RidgeStatistics(5, 2, 8)
-    with pytest.raises(ValueError, match="kernel_size 9 leaves 0 cells of a grid of 8"):
+    with pytest.raises(ValueError, match="size 9 with padding 0 leave 0 cells of a grid of 8"):
         RidgeStatistics(5, 9, 8)
     with pytest.raises(ValueError, match=r"features are \(20, 5, 8, 8\); expected \(images, 4, 8, 8\)"):
         RidgeStatistics(4, 1, 8).update(features, fitted)

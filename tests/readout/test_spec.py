@@ -6,7 +6,7 @@ from padprobe.readout.spec import Readout, parse_readout, with_controls
 def test_a_readout_is_written_in_one_line():
     assert parse_readout("kernel_size=7,stages=f1+f2") == Readout(kernel_size=7, stages="f1+f2")
     assert parse_readout("ridge,kernel_size=1") == Readout("ridge", kernel_size=1)
-    assert parse_readout("depth=2, padding=1,scale=paper").name == "posenet, paper scale"
+    assert parse_readout("depth=2, padding=1,scale=paper") == Readout(depth=2, padding=1, scale="paper")
 
 
 @pytest.mark.parametrize(
