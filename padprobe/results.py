@@ -1,4 +1,4 @@
-"""The tables that every measurement goes into, their intervals, and the folder that holds them."""
+"""The tables of all measurements, their confidence intervals, and the folder that they are saved in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,20 @@ RUNS = (
 TRAJECTORY = ("run", "step", "target", "metric", "value")
 PROFILE = ("run", "seed", *READOUT, "stimulus", "target", "distance", "metric", "value", "ci_low", "ci_high", "n")
 MISSING = ("what", "why")
-REFERENCES = ("run", *READOUT, "stimulus", "target", "metric", "value", "source", "table")
+REFERENCES = (
+    "run",
+    "encoder",
+    "weights",
+    "task",
+    "padding",
+    *READOUT,
+    "stimulus",
+    "target",
+    "metric",
+    "value",
+    "source",
+    "table",
+)
 CLAIMS = ("claim", "says", "part", "value", "ci_low", "ci_high", "bound", "verdict", "claim_verdict")
 
 _TABLES = {
@@ -53,30 +67,24 @@ def _empty(name: str) -> Any:
 
 @dataclass
 class Results:
-    """All that was measured, as tidy tables, and the maps beside them.
+    """All measurements as tidy tables, and mean maps.
 
     Attributes:
         rows: one row per measurement (``results.csv``, :data:`COLUMNS`). ``n`` counts images. A task's score has an
             empty ``readout`` and ``target``; ``readout`` is "variance" where no readout is involved (eta2, reach).
-        runs: one row per run (``runs.csv``, :data:`RUNS`). ``group``: runs that differ in their seed alone share it.
-            ``pair``: runs that differ in their padding alone share it. ``image_px``: side of the image that maps are
+        runs: one row per run (``runs.csv``, :data:`RUNS`). ``group``: runs that differ only in their seed share it.
+            ``pair``: runs that differ only in their padding share it. ``image_px``: side of the image that maps are
             predicted for; ``source_px``: side at which images were read; ``shown_px``: side that the encoder saw, which
-            is larger than ``image_px`` where an unpadded encoder was shown the image's surroundings. ``how``: how the
-            run was made, in words.
+            is larger where an unpadded encoder saw the image's surroundings. ``how``: how the run was made, in words.
         trajectory: one row per value logged in a training (:data:`TRAJECTORY`); a task's metric has an empty target.
         maps: mean maps over the images of a stimulus, shape (S, S), under ``run/stimulus/target/prediction`` and
             ``run/stimulus/target/error`` (mean absolute error); and, under ``run/stimulus/STAGE/eta2``, the share of a
             stage's variance that position explains, cell by cell, shape (grid, grid).
         profile: one row per measurement at one distance to the nearest border, in pixels (:data:`PROFILE`).
-        missing: what was to be measured and was not, and why (:data:`MISSING`).
+        missing: what should have been measured but was not, and why (:data:`MISSING`).
         references: published or earlier numbers to set beside ours (:data:`REFERENCES`).
         claims: the study's claims and their verdicts, one row per comparison (:data:`CLAIMS`).
         about: what the study says about itself: its title, tables and claims, as written in its YAML.
-
-    Example:
-        >>> results = Results()
-        >>> list(results.rows.columns[:3]), len(results.rows)
-        (['run', 'encoder', 'weights'], 0)
     """
 
     rows: pd.DataFrame = _empty("rows")
@@ -92,22 +100,23 @@ class Results:
     def save(self, folder: str | Path) -> None:
         """Writes all tables, ``maps.npz`` and ``about.json`` into a folder.
 
-        Each file is written whole or not at all, and ``results.csv`` last, so that a folder with a results.csv is
-        complete.
+        Each file is written whole or not at all, and ``results.csv`` last: a folder that has it is complete.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "maps.npz", lambda path: np.savez_compressed(path, **self.maps))  # type: ignore[arg-type]
         write_text(folder / "about.json", json.dumps(self.about, indent=1, ensure_ascii=False))
         for name in reversed(_TABLES):
-            write_csv(folder / _TABLES[name][0], getattr(self, name))
+            table = getattr(self, name)
+            write_atomically(folder / _TABLES[name][0], functools.partial(table.to_csv, index=False))
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: where the folder has no results.csv, or one without the columns of a results table.
+            ValueError: if the folder has no results.csv, or one without the columns of a results table, or a file that
+                cannot be read.
         """
         folder = Path(folder)
         if not (folder / "results.csv").is_file():
@@ -115,31 +124,44 @@ class Results:
         results = cls()
         for name, (file, columns) in _TABLES.items():
             if (folder / file).is_file():
-                table = read_csv(folder / file)
-                if name == "rows" and "scale" not in table:
+                with naming(folder / file):
+                    table = read_csv(folder / file)
+                    for column in set(_NUMBERS).intersection(table):
+                        table[column] = pd.to_numeric(table[column])
+                if name == "rows" and "readout" in table and "scale" not in table:
                     table = _with_scale(table)
                 lacking = [column for column in columns if column not in table]
                 if lacking and name == "rows":
                     raise ValueError(f"{str(folder / file)!r} lacks the column(s) {', '.join(lacking)}")
                 setattr(results, name, table.reindex(columns=list(columns)))
-        if not len(results.runs):
-            results.runs = _runs_of(results.rows)
+        if not len(results.runs):  # no runs.csv: each run has its own group and pair
+            runs = results.rows.drop_duplicates("run", ignore_index=True).reindex(columns=list(RUNS))
+            results.runs = runs.assign(group=runs["run"], pair=runs["run"], how="")
         if (folder / "maps.npz").is_file():
-            with np.load(folder / "maps.npz") as maps:
+            with naming(folder / "maps.npz"), np.load(folder / "maps.npz") as maps:
                 results.maps = dict(maps)
         if (folder / "about.json").is_file():
-            results.about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            results.about = read_json(folder / "about.json")
         return results
 
     @classmethod
     def join(cls, parts: Iterable[Results]) -> Results:
-        """All measurements of several results; what the first of them says about itself."""
+        """All measurements of several results, and ``about`` of the first that has one.
+
+        A run that is in several of them has one row in ``runs``: the first value that is not missing, per column.
+
+        Example:
+            >>> a, b = (Results(runs=pd.DataFrame([{"run": run, "how": run}])) for run in "ab")
+            >>> Results.join([a, b, a]).runs.run.tolist()
+            ['a', 'b']
+        """
         parts = list(parts)
         joined = cls(maps={key: value for part in parts for key, value in part.maps.items()})
         for name in _TABLES:
             filled = [table for part in parts if len(table := getattr(part, name))]
             if filled:
                 setattr(joined, name, pd.concat(filled, ignore_index=True))
+        joined.runs = joined.runs.groupby("run", sort=False, as_index=False).first().reindex(columns=list(RUNS))
         joined.about = next((part.about for part in parts if part.about), {})
         return joined
 
@@ -153,20 +175,32 @@ def _with_scale(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _runs_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """The runs of a results table that has no runs.csv beside it: each is a group and a pair of its own."""
-    runs = rows.drop_duplicates("run").reindex(columns=list(RUNS))
-    return runs.assign(group=runs["run"], pair=runs["run"], how="").reset_index(drop=True)
-
-
 def read_csv(path: str | Path) -> pd.DataFrame:
     """A table of :class:`Results`: numbers as numbers, and an empty text as "", not as NaN."""
-    return pd.read_csv(path, keep_default_na=False, na_values={column: [""] for column in _NUMBERS})
+    texts = {column: str for column in pd.read_csv(path, nrows=0) if column not in _NUMBERS}
+    return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values={column: [""] for column in _NUMBERS})
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Writes a table, whole or not at all."""
-    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is read into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        ValueError: naming the file, where it holds none.
+    """
+    with naming(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {content!r}; expected a mapping")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:
@@ -196,14 +230,9 @@ def _resamples(n: int) -> np.ndarray:
 def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[str, Any]]:
     """One row per target and metric from scores per image.
 
-    Args:
-        scores: by metric, each of shape (n, T), as :class:`~padprobe.scores.PositionScores` gives them.
-        targets: T names.
-
-    Returns:
-        Rows with ``target``, ``metric``, ``value`` (the mean over images; of ``constant`` the number of images),
-        ``ci_low`` and ``ci_high`` (95% percentile bootstrap over images with 1,000 resamples; NaN for a single image or
-        a count) and ``n``.
+    ``scores`` are by metric, each (n, T). A row has ``target``, ``metric``, ``value`` (the mean over images; of
+    ``constant`` the number of images), ``ci_low`` and ``ci_high`` (95% percentile bootstrap over images with 1,000
+    resamples; NaN for a single image or a count) and ``n``.
 
     Example:
         >>> import torch

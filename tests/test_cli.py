@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+import padprobe
 from padprobe import PositionProbeCallback, load_encoder
 from padprobe.cli import main
 from padprobe.network.padding import list_padding
@@ -49,20 +50,13 @@ def test_probe_writes_results_and_a_report(folder, capsys):
 def test_readouts_controls_and_processes_are_options(folder):
     data = folder.parent / "weights.pth"
     torch.save(load_encoder("torchvision:squeezenet1_1", seed=5).state_dict(), data)
-    more = [
-        "--readout",
-        "posenet",
-        "--readout",
-        "kernel_size=1,stages=f1",
-        "--readout",
-        "ridge,kernel_size=1",
-        "--untrained",
-        "2",
-    ]
+    more = ["--readouts", "posenet", "kernel_size=1,stages=f1", "ridge,kernel_size=1", "--untrained", "2"]
     assert probe(folder, "--weights", str(data), *more, "--devices", "2", "--strategy", "ddp_spawn") == 0
     results = Results.load(folder.parent / "out")
     rows = results.rows[results.rows.metric == "spc"]
-    assert set(rows.run) == {"squeezenet1_1-weights-zeros", "squeezenet1_1-untrained-zeros"}
+    name = "squeezenet1_1-weights-zeros"
+    assert set(rows.run) == {name, f"{name}-untrained-seed0", f"{name}-untrained-seed1"}
+    assert results.runs.pair.tolist() == ["squeezenet1_1-weights", *["squeezenet1_1-weights-untrained"] * 2]
     assert set(rows[rows.run.str.contains("untrained")].seed) == {0, 1}
     assert set(zip(rows.readout, rows.kernel_size, rows.stages, strict=True)) == {
         *(("posenet", 3, stages) for stages in ("all", "rgb")),
@@ -71,6 +65,27 @@ def test_readouts_controls_and_processes_are_options(folder):
     }
     assert {"selectivity", "delta", "eta2"} <= set(results.rows.metric)
     assert not list((folder.parent / "out").glob("padprobe-*"))  # no features are left behind
+
+
+def test_a_run_has_the_name_it_is_given_and_its_readouts_can_be_used_again(folder):
+    file = folder.parent / "readouts.safetensors"
+    common = ("--targets", "H", "--padding", "reflect")
+    assert probe(folder, *common, "--name", "first", "--save-readouts", str(file)) == 0
+    first = Results.load(folder.parent / "out")
+    assert first.runs[["run", "pair", "padding"]].values.tolist() == [["first", "squeezenet1_1-untrained", "reflect"]]
+    assert "BatchNorm statistics from a batch of training images" in first.runs.how.item()  # --weights untrained
+    assert probe(folder, *common, "--readouts", str(file)) == 0
+    again = Results.load(folder.parent / "out")
+    assert again.runs.run.tolist() == ["squeezenet1_1-untrained-reflect"]
+    assert again.runs.n_train.isna().all()
+    assert again.rows.value.tolist() == first.rows.value.tolist()
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"padprobe {padprobe.__version__}\n"
 
 
 def test_a_report_is_rebuilt_from_results_alone(folder, tmp_path, capsys):
@@ -86,11 +101,11 @@ def test_a_report_is_rebuilt_from_results_alone(folder, tmp_path, capsys):
         (["--padding", "valdi"], "unknown padding mode 'valdi'; did you mean 'valid'"),
         (["--targets", "HV"], "unknown target 'HV'"),
         (["--stages", "features.77"], "unknown layer 'features.77'"),
-        (["--test", "/no/such/folder"], "'/no/such/folder' is no folder"),
+        (["--test", "/no/such/folder"], "'/no/such/folder' is neither a folder"),
         (["--weights", "nothing.pth"], "unknown weights 'nothing.pth'"),
-        (["--limit-train", "0"], "limit is 0"),
-        (["--readout", "kernel_size=2"], "kernel_size is 2"),
-        (["--readout", "stages=f9"], "unknown stage 'f9'"),
+        (["--limit-train", "0"], "limit_train is 0; expected 1 or more"),
+        (["--readouts", "kernel_size=2"], "kernel_size is 2"),
+        (["--readouts", "stages=f9"], "unknown stage 'f9'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, options, message):
@@ -214,7 +229,9 @@ def test_a_study_that_could_run_nothing_says_what_is_missing_and_fails(tmp_path,
     encoders = {"vgg": {"encoder": "torchvision:vgg16", "weights": "${W}"}}
     config.write_text(yaml.safe_dump({"data": data, "encoders": encoders}))
     assert main(["study", str(config), "--only", "vgg", "--out", str(tmp_path / "out")]) == 1
-    assert "missing: VGG16's weights" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "missing: " in error
+    assert "VGG16's weights" in error
 
 
 def test_every_option_of_the_callback_is_explained(capsys):

@@ -1,273 +1,242 @@
-"""Probes a frozen encoder: one pass over the images, every readout at once, its controls beside it."""
+"""Probes a frozen encoder: one pass over the images for all readouts, then the controls."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from padprobe.maps import Target, position_maps, target_name
 from padprobe.network.encoders import load_encoder, untrained_twin
-from padprobe.network.padding import as_built, padding_of, padding_reach
-from padprobe.network.stages import choose_layers
-from padprobe.network.trace import context_size
-from padprobe.probe.features import FeatureReader, Progress
-from padprobe.probe.measure import Measured, measure
-from padprobe.probe.options import ProbeOptions
-from padprobe.probe.plan import Plan, describe
-from padprobe.readout.posenet import readout_side
-from padprobe.readout.saved import check_savable, load_readouts, save_readouts
-from padprobe.readout.spec import Readout, with_controls
-from padprobe.results import COLUMNS, Results, summarize
-from padprobe.stimuli import Images, load_images
+from padprobe.network.padding import as_built, padding_of
+from padprobe.probe.features import FeatureReader, Progress, silent
+from padprobe.probe.measure import Measured, measure, tabulate
+from padprobe.probe.options import ProbeOptions, change_options, show_options
+from padprobe.probe.plan import Plan, make_plan, stage_channels
+from padprobe.readout.saved import SavedReadouts, check_savable, load_readouts, save_readouts
+from padprobe.results import Results
+from padprobe.stimuli import Images, image_of, load_images
 
 Source = str | Path | Images
+"""What :func:`~padprobe.stimuli.load_images` takes."""
+PAPER_STIMULI: dict[str, Source] = {name: name for name in ("black", "white", "noise")}
+"""What every encoder is scored on (paper, section 3.2)."""
+_FACTS = ("grid", "image_size", "normalize", "selectivity")
+"""The options that a file of trained readouts keeps, beside targets and seeds."""
 
 
+@show_options
 def probe_encoder(
     encoder: nn.Module | str | Path,
     train: Source = "dead_leaves",
-    test: dict[str, Source] | None = None,
+    test: Mapping[str, Source] | None = None,
     options: ProbeOptions | None = None,
     *,
     twin: Callable[[int], nn.Module] | None = None,
     cache_dir: str | Path | None = None,
     save_to: str | Path | None = None,
     fabric: Fabric | None = None,
-    labels: dict[str, Any] | None = None,
+    labels: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **changes: Any,
 ) -> Results:
-    """Measures how much absolute position a frozen encoder encodes, and what of it is the controls' too.
+    """Measures how much absolute position a frozen encoder encodes, beside its controls.
 
-    The encoder sees each training image once; its stages, aligned to one grid, are kept in half precision, and all
-    readouts are trained on them side by side, each from its own random stream, so that one more changes no other's
-    result. Then it sees each test image once. Neither its weights nor its buffers change.
+    The encoder sees each training image once. Its stages, aligned to one grid, are kept in half precision, and all
+    readouts are trained on them side by side, each with its own random stream, so that one more readout changes no
+    other's result. Then the encoder sees each test image once. Its weights and buffers do not change.
 
-    Beside every readout stand the same readout of the RGB image alone (the paper's "PosENet" row) and its selectivity;
-    beside the encoder, untrained twins and, if asked for, the unpadded encoder with real context. Without any readout,
-    eta squared is the share of the features' variance that position explains, see
-    :class:`~padprobe.readout.variance.PositionVariance`.
+    Every readout has two controls: the same readout of the RGB image alone (the paper's "PosENet" row) and its
+    selectivity. The encoder has untrained twins and, if asked for, a run without padding that sees the real
+    surroundings of each image. Eta squared, the share of the features' variance that position explains, needs no
+    readout.
 
     Args:
-        encoder: a network that takes images (B, 3, S, S), or a name for :func:`~padprobe.load_encoder`.
+        encoder: a network that takes images (B, 3, S, S), or a name for :func:`~padprobe.load_encoder`. A name loads
+            the network untrained and implies ``settle``; a ``.ckpt`` file loads it as trained.
         train: images to train the readouts on: a folder, a data set or a stimulus, see
             :func:`~padprobe.stimuli.load_images`.
-        test: images to score on, by name; ``black``, ``white`` and ``noise`` are the paper's. Default: those and other
-            dead leaves.
-        readouts: see :class:`~padprobe.readout.variants.Readout`. The first is the headline: the one whose maps and
-            border profile are kept. Or a file of trained readouts (``save_to``): then nothing is trained, ``train`` is
-            not looked at, there are no untrained twins, and the file says ``targets``, ``grid``, ``image_size``,
-            ``normalize``, ``seeds`` and ``selectivity``.
-        stages: dotted layer names; ``"auto"``: :func:`~padprobe.find_stages`; ``"paper"``: the paper's choice,
-            which leaves out the first of a ResNet.
-        targets: position maps, out of ``H, V, G, HS, VS``, or functions, see :data:`padprobe.maps.Target`.
-        grid: side of the aligned features in cells.
-        image_size: S in pixels; predictions are scored at this size.
-        normalize: subtract ImageNet's mean and divide by its standard deviation (the paper's code does not).
-        epochs, batch_size: of the readouts' training; SGD with rate .1, a tenth of that from two thirds on.
-        seeds: of the readouts and their order of images, one training each; the first also of the samples of images
-            and the generated stimuli.
-        untrained: number of untrained twins; each costs as much as the encoder itself. delta = SPC - mean SPC(twins).
-            None for an encoder that is labelled ``weights="untrained"``. BatchNorms of untrained encoders take the
-            statistics of the first training images, as they would in a training.
-        twin: called with a seed, gives an untrained encoder of the same architecture and padding. Default:
-            :func:`~padprobe.encoders.untrained_twin`.
-        selectivity: read out a permuted target too, see :func:`padprobe.maps.shuffled`: selectivity = SPC - its SPC.
-        context: take images larger than S, with the surroundings that the encoder would need to do without padding (404
-            px for VGG16 at 224). The encoder sees their centre, as if they were S px; a further run, "valid+context",
-            shows all of them to the encoder without padding, and crops its stages to the padded ones' geometry.
-            Stimuli are named with their size then, for they are others than without.
-        limit_train, limit_test: use at most so many images, a random sample.
-        num_workers: processes that read images.
-        cache_gb: memory for the training images' features (2.3 MB an image for VGG16); above it they go to a file. Of
-            several processes each keeps its share, and the first all of them too.
-        cache_dir: where that file lies; default: the system's folder for temporary files.
+        test: images to score on, by name. Default: the paper's ``black``, ``white`` and ``noise``, and dead leaves.
+        options: all options in one object. Each can also be given, or changed, by its name (below).
+        twin: called with a seed, returns an untrained encoder of the same architecture and padding. Default:
+            :func:`~padprobe.network.encoders.untrained_twin`.
+        cache_dir: folder for features that do not fit into ``cache_gb``. Default: the system's for temporary files.
         save_to: a file for the trained readouts of ``encoder``, with their controls (.safetensors).
-        fabric: Lightning's Fabric, launched, for a choice of devices: the images are shared out among its processes,
-            and all get the results. Default: one GPU where there is one, or else the CPU.
-        labels: columns of the results that only the caller knows, such as ``run``, ``weights`` or ``task``.
+        fabric: Lightning's Fabric, launched. Its processes share the images, and all get the results. Default: one GPU
+            where there is one, else the CPU.
+        labels: columns of the results that only the caller knows, such as ``run``, ``group``, ``weights`` or ``task``.
+            They change no measurement.
         progress: called with (what runs, images done, images in all).
+        {options}
 
     Returns:
         :class:`~padprobe.results.Results`: for every readout, seed, stimulus and target rows of spc, mae, nmae,
-        selectivity, delta and, of a ridge readout beside the trained one, gap (95% bootstrap interval over images) and
-        the number of constant predictions; eta2 (jackknife interval) and the part of a stage's cells that padding
-        reaches; the headline's scores by distance to the border; mean maps.
+        selectivity, delta, gap (ridge minus the trained readout; 95% bootstrap intervals over images) and the number of
+        constant predictions; eta2 (jackknife interval) and the share of a stage's cells that padding reaches; the
+        headline's scores by distance to the border; mean maps. The controls are runs of their own: RUN-context, and
+        RUN-untrained-seed0 and so on.
 
     Raises:
-        ValueError: naming the unknown target, stage or layer, the empty folder, the unreadable image, or the image size
-            that is too small for the encoder.
+        ValueError: before the encoder's pass, naming the option, target, stage, layer, folder, image or size that
+            cannot work.
 
-    Source: paper, sections 3.1 and 3.2; the controls but for RGB-only are ours.
+    Source: paper, sections 3.1 and 3.2; all controls except RGB alone are ours.
+
+    Example:
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3))
+        >>> small = ProbeOptions(image_size=16, grid=8, epochs=1, limit_train=8, limit_test=4, untrained=0)
+        >>> probe_encoder(encoder, options=small, labels={"run": "tiny"}).runs[["run", "n_train"]].values.tolist()
+        [['tiny', 8]]
     """
-    options = dataclasses.replace(options or ProbeOptions(), **changes)
-    readouts, stages, targets, grid = options.readouts, options.stages, options.targets, options.grid
-    image_size, normalize, epochs, batch_size = (
-        options.image_size,
-        options.normalize,
-        options.epochs,
-        options.batch_size,
-    )
-    seeds, untrained, selectivity, context = options.seeds, options.untrained, options.selectivity, options.context
-    limit_train, limit_test, num_workers, cache_gb = (
-        options.limit_train,
-        options.limit_test,
-        options.num_workers,
-        options.cache_gb,
-    )
-    labels = dict(labels or {})
-    saved = load_readouts(readouts) if isinstance(readouts, (str, Path)) else None
-    if saved:
-        if context or save_to:
-            raise ValueError("trained readouts are for the encoder as it is, and saved: leave context and save_to out")
-        readouts = list(dict.fromkeys(readout for readout, _ in saved.readouts))
-        seeds = list(dict.fromkeys(seed for _, seed in saved.readouts))
-        targets, grid, image_size = saved.targets, saved.grid, saved.image_size
-        normalize, selectivity, untrained = saved.normalize, saved.selectivity, 0
-    if isinstance(encoder, (str, Path)):
-        weights = "trained" if str(encoder).endswith(".ckpt") else "untrained"
-        labels = {"run": Path(encoder).stem, "encoder": str(encoder), "weights": weights, **labels}
-        encoder = load_encoder(str(encoder))
-    labels = {"run": "", "padding": padding_of(encoder), **labels}
-    if normalize:
-        labels["encoder"] = f"{labels.get('encoder', '')} on normalised images".strip()
-    blank = labels.get("weights") == "untrained"
-    if blank:
-        encoder, untrained = copy.deepcopy(encoder), 0  # it is its own twin
+    # what cannot work is refused before the encoder sees the first image
+    encoder, options, labels = _choose_encoder(encoder, change_options(options, changes), labels)
+    options, saved = _read_saved(encoder, options, save_to)
+    plan = make_plan(encoder, options, saved, cache_dir)
+    train_images, test_images = _load_all(plan, train, test)
     fabric = fabric or Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
-    if saved and stages == "auto" and set(saved.layers) <= {name for name, _ in encoder.named_modules()}:
-        stages = saved.layers  # the same layers, where the network calls them so
-    layers = choose_layers(encoder, stages, image_size)
-    shown, sides = context_size(encoder, image_size, layers) if context else (image_size, None)
-    assert not isinstance(readouts, (str, Path))
-    plan = _plan(readouts, layers, targets, image_size, grid, epochs, batch_size, seeds, selectivity)
-    if save_to:
-        check_savable(plan.readouts, targets)
-    if saved:
-        plan = dataclasses.replace(plan, states=dict(zip(saved.readouts, saved.states, strict=True)))
-    if test is None:
-        test = {"dead_leaves": "dead_leaves", "black": "black", "white": "white", "noise": "noise"}
-    train_images = load_images("black" if saved and not blank else train, shown, limit_train, seeds[0])
-    # another seed: generated test stimuli are not those of the training
-    place = f" ({shown} px)" if context else ""
-    test_images = {name + place: load_images(source, shown, limit_test, seeds[0] + 1) for name, source in test.items()}
-    if len(train_images) < 5 and any(readout.kind == "ridge" for readout in plan.readouts):
-        raise ValueError(
-            f"{len(train_images)} training image(s) and a ridge readout, which is fitted on four in five and chosen on "
-            "the fifth; expected 5 or more: use more images, or leave ridge out"
-        )
+    make_twin, progress = twin or functools.partial(untrained_twin, encoder), progress or silent
+    _check_folders(plan, save_to)
+    _check_controls(encoder, plan, make_twin, fabric)
+    run = functools.partial(measure, train=train_images, test=test_images, fabric=fabric)
 
-    def run(
-        network: nn.Module, plan: Plan, what: str = "", sides: list[int] | None = None, new: bool = False
-    ) -> Measured:
-        reader = FeatureReader(
-            network,
-            layers,
-            grid=grid,
-            image_size=image_size,
-            shown=shown,
-            sides=sides,
-            normalize=normalize,
-            batch_size=batch_size,
-            workers=num_workers,
-            fabric=fabric,
-        )
-        masks = {} if sides else padding_reach(network, layers, image_size)
-        with reader:
-            if new:
-                reader.settle(train_images)
-            if sides:
-                _check_blind(reader)
-            say = progress and (lambda step, done, total: progress(f"{what}{step}", done, total))
-            found = measure(reader, plan, train_images, test_images, cache_gb, cache_dir, say)
-        found.reach = {f"f{i + 1}": masks[layer] for i, layer in enumerate(layers) if layer in masks}
-        return found
-
-    main = run(encoder, plan, new=blank)
-    parts = [main.results(labels)]
+    # the encoder's pass, its readouts and their scores
+    main = run(encoder, plan, progress=progress)
     if save_to and fabric.global_rank == 0:
-        facts = {"grid": grid, "image_size": image_size, "normalize": normalize, "selectivity": selectivity}
-        save_readouts(save_to, main.made, targets, layers=layers, **facts)
-    if context:
+        facts = {name: getattr(options, name) for name in _FACTS}
+        save_readouts(save_to, main.made, options.targets, layers=list(plan.layers), **facts)
+
+    # controls
+    controls: list[Results] = []
+    if options.context:
         with as_built(encoder, "valid"):
-            unpadded = run(encoder, plan, "valid + context: ", sides)
-        parts.append(unpadded.results(_relabel(labels, "padding", "valid+context")))
-    twins = []
-    for seed in range(untrained):
-        network = twin(seed) if twin else untrained_twin(encoder, seed)
-        once = dataclasses.replace(plan, seeds=plan.seeds[:1])
-        twins.append(run(network, once, f"untrained {seed + 1}/{untrained}: ", new=True))
-        found = twins[-1].results({**_relabel(labels, "weights", "untrained"), "task": "untrained", "seed": seed})
-        found.maps = {}  # their name is the same for every seed
-        parts.append(found)
-    if twins:
-        parts.append(_deltas(main, twins, labels))
-    return Results.join(parts)
+            unpadded = run(encoder, plan.without_padding(), progress=_named("without padding", progress))
+        controls.append(tabulate(unpadded, _control_labels(labels, "context", pair=labels["pair"], padding="valid")))
+    twins: list[Measured] = []
+    for seed in range(options.untrained):
+        name = f"untrained {seed + 1}/{options.untrained}"
+        twins.append(run(make_twin(seed), plan.of_twin(), progress=_named(name, progress)))
+        columns = {"run": f"{labels['run']}-untrained-seed{seed}", "weights": "untrained", "task": "untrained"}
+        controls.append(tabulate(twins[-1], _control_labels(labels, "untrained", **columns, seed=seed)))
+        controls[-1].maps = {}  # maps of all twins would only make the file large
+    return Results.join([tabulate(main, labels, twins), *controls])
 
 
-def _plan(
-    readouts: Sequence[Readout],
-    layers: Sequence[str],
-    targets: Sequence[Target],
-    image_size: int,
-    grid: int,
-    epochs: int,
-    batch_size: int,
-    seeds: Sequence[int],
-    selectivity: bool,
-) -> Plan:
-    """What to read out, checked."""
-    for what, given in (("readouts", readouts), ("targets", targets), ("seeds", seeds)):
-        if not given:
-            raise ValueError(f"{what} is empty; expected at least one")
-    names = [target_name(target) for target in targets]
-    if len(set(names)) < len(names):
-        raise ValueError(f"targets {', '.join(names)} share a name: give each function a __name__ of its own")
-    position_maps(image_size, targets)
-    variants = with_controls(readouts, [f"f{i + 1}" for i in range(len(layers))])
-    for readout in variants:
-        readout_side(readout.kernel_size, readout.depth, readout.padding, grid)
-    return Plan(tuple(variants), tuple(targets), image_size, grid, epochs, batch_size, tuple(seeds), selectivity)
+def _named(what: str, progress: Progress) -> Progress:
+    """A progress function that says first which of the passes runs."""
+    return lambda step, done, total: progress(f"{what}: {step}", done, total)
 
 
-def _check_blind(reader: FeatureReader) -> None:
-    """Raises ValueError where an encoder that should have no padding is not blind on a constant image."""
-    features = reader.features(torch.full((1, 3, reader.shown, reader.shown), 0.5))[0]
-    for name, part in reader.channels.items():
-        values = features[part]
-        spread = (values.amax((1, 2)) - values.amin((1, 2))).max()
-        if spread > 1e-3 * values.abs().max():
+def _control_labels(labels: Mapping[str, Any], suffix: str, **changes: Any) -> dict[str, Any]:
+    """Labels of a control: its run, group and pair are named after the main run's."""
+    names = {column: f"{labels[column]}-{suffix}" for column in ("run", "group", "pair")}
+    return {**labels, **names, **changes}
+
+
+def _choose_encoder(
+    encoder: nn.Module | str | Path, options: ProbeOptions, labels: Mapping[str, Any] | None
+) -> tuple[nn.Module, ProbeOptions, dict[str, Any]]:
+    """The network to probe (a copy where it will be settled), its options, and the labels of its run."""
+    labels = dict(labels or {})
+    if isinstance(encoder, (str, Path)):
+        trained = str(encoder).endswith(".ckpt")
+        name = Path(encoder).stem if trained else str(encoder).partition(":")[2]
+        labels = {"run": name, "encoder": str(encoder), "weights": "trained" if trained else "untrained", **labels}
+        encoder = load_encoder(str(encoder))
+        options = dataclasses.replace(options, settle=options.settle or not trained)
+    elif options.settle:
+        encoder = copy.deepcopy(encoder)
+    if options.settle:
+        options = dataclasses.replace(options, untrained=0)  # it is its own twin
+    kind = type(encoder).__name__
+    labels = {"run": kind, "encoder": kind, "weights": "", "task": "", "padding": padding_of(encoder), **labels}
+    labels = {"group": labels["run"], "pair": labels["run"], **labels}
+    return encoder, options, {**labels, **{column: str(labels[column]) for column in ("run", "group", "pair")}}
+
+
+def _read_saved(
+    encoder: nn.Module, options: ProbeOptions, save_to: str | Path | None
+) -> tuple[ProbeOptions, SavedReadouts | None]:
+    """The options with those of a file of trained readouts, and what the file holds; None where there is no file."""
+    if not isinstance(options.readouts, (str, Path)):
+        return options, None
+    saved = load_readouts(options.readouts)
+    if options.context or save_to:
+        raise ValueError(
+            f"{str(options.readouts)!r} holds trained readouts, which fit the encoder as it is and are saved already: "
+            "leave context and save_to out"
+        )
+    stages = options.stages
+    if stages == "auto" and set(saved.layers) <= {name for name, _ in encoder.named_modules()}:
+        stages = saved.layers  # the layers that the readouts were trained on
+    return dataclasses.replace(
+        options,
+        readouts=list(dict.fromkeys(readout for readout, _ in saved.readouts)),
+        seeds=list(dict.fromkeys(seed for _, seed in saved.readouts)),
+        stages=stages,
+        untrained=0,
+        **{name: getattr(saved, name) for name in ("targets", *_FACTS)},
+    ), saved
+
+
+def _load_all(plan: Plan, train: Source, test: Mapping[str, Source] | None) -> tuple[Images | None, dict[str, Images]]:
+    """The images to train on (None where nothing needs them) and those to score on."""
+    options, images, size = plan.options, None, plan.source_px
+    if plan.states is None or options.settle:
+        images = load_images(train, size, options.limit_train, options.seeds[0])
+        if len(images) < 5 and any(readout.kind == "ridge" for readout in plan.readouts):
             raise ValueError(
-                f"without padding, stage {name} of {type(reader.encoder).__name__} still varies over a constant image, "
-                f"by {spread:.3g}: it pads in its forward(), where set_padding cannot reach. Leave `context` out"
+                f"{len(images)} training image(s) and a ridge readout, which is fitted on four in five and chosen on "
+                "the fifth; expected 5 or more: use more images, or leave ridge out"
             )
+    # another seed: generated test stimuli differ from those of the training
+    sources = {"dead_leaves": "dead_leaves", **PAPER_STIMULI} if test is None else test
+    stimuli = {str(n): load_images(s, size, options.limit_test, options.seeds[0] + 1) for n, s in sources.items()}
+    for name, loaded in {**stimuli, "training": images}.items():
+        if loaded is not None:
+            if not len(loaded):
+                raise ValueError(f"the {name} images are an empty data set; expected at least one image")
+            with isolate_rng(include_cuda=False):  # a data set may draw
+                plan.check_shape(image_of(loaded[0]).shape)
+    return images, stimuli
 
 
-def _relabel(labels: dict[str, Any], column: str, value: str) -> dict[str, Any]:
-    """The labels of a control: one column's value is another, and so is its last mention in the run's name."""
-    run, old = str(labels["run"]), str(labels.get(column, ""))
-    before, found, after = run.rpartition(old) if old else ("", "", run)
-    return {**labels, column: value, "run": f"{before}{value}{after}" if found else f"{run} {value}".strip()}
+def _check_folders(plan: Plan, save_to: str | Path | None) -> None:
+    """Raises ValueError where features or trained readouts could not be written."""
+    if save_to:
+        check_savable(plan.readouts, plan.options.targets)
+        if Path(save_to).is_dir():
+            raise ValueError(f"save_to is the folder {str(save_to)!r}; expected a file, such as readouts.safetensors")
+    folders = {"cache_dir": plan.cache_dir, "save_to": Path(save_to).parent if save_to else None}
+    for name, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"{name} needs the folder {str(folder)!r}, which does not exist: make it first")
 
 
-def _deltas(main: Measured, twins: list[Measured], labels: dict[str, Any]) -> Results:
-    """Rows of delta = SPC - mean SPC of the untrained twins, image by image; its interval takes the twins as given.
-
-    None for the image alone, which has no encoder.
-    """
-    plan, rows = main.plan, []
-    for (key, stimulus), scores in main.scores.items():
-        if key[0].stages != "rgb":
-            control = torch.stack([twin.scores[(key[0], plan.seeds[0]), stimulus]["spc"] for twin in twins]).mean(0)
-            delta = (scores["spc"] - control)[:, : len(plan.targets)]
-            common = {**describe(key), **labels, "stimulus": stimulus}
-            rows += [{**common, **row} for row in summarize({"delta": delta}, plan.names)]
-    return Results(pd.DataFrame(rows).reindex(columns=list(COLUMNS)))
+def _check_controls(encoder: nn.Module, plan: Plan, make_twin: Callable[[int], nn.Module], fabric: Fabric) -> None:
+    """Raises ValueError where an untrained twin cannot be made, or the encoder cannot do without padding."""
+    if plan.options.untrained:
+        with isolate_rng(include_cuda=False):  # the twin of the run itself is made later
+            channels = stage_channels(make_twin(0), plan.layers, plan.options.image_size)
+        if channels != plan.channels:
+            raise ValueError(
+                f"the twin's stages have channels {channels}, and the encoder's {dict(plan.channels)}: make a twin of "
+                "the same architecture, or set untrained=0"
+            )
+    if plan.options.context:
+        with as_built(encoder, "valid"), FeatureReader(encoder, plan.without_padding(), fabric) as reader:
+            features = reader.features(torch.full((1, 3, plan.source_px, plan.source_px), 0.5))[0]
+        for name, part in plan.channels.items():
+            values = features[part]
+            spread = (values.amax((1, 2)) - values.amin((1, 2))).max()
+            if spread > 1e-3 * values.abs().max():
+                raise ValueError(
+                    f"without padding, stage {name} of {type(encoder).__name__} still varies over a constant image, by "
+                    f"{spread:.3g}: it pads in its forward(), where set_padding cannot reach. Leave `context` out"
+                )

@@ -1,165 +1,109 @@
-"""Scores readouts on the test images: one pass over each set."""
+"""One encoder's pass: makes the readouts, scores them on each test set, and tabulates the scores."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from lightning.fabric import Fabric
+from torch import Tensor, nn
 
+from padprobe.network.reach import padding_reach
 from padprobe.probe.features import FeatureReader, Progress
-from padprobe.probe.plan import Key, Made, Plan, channels_of, describe, select_channels
-from padprobe.probe.train import fit_readouts, load_states
-from padprobe.readout.spec import Readout
+from padprobe.probe.plan import Key, Made, Plan
+from padprobe.probe.train import make_readouts
 from padprobe.readout.variance import PositionVariance
-from padprobe.results import COLUMNS, PROFILE, Results, summarize
+from padprobe.results import COLUMNS, PROFILE, READOUT, RUNS, Results, summarize
 from padprobe.scores import BorderProfile, rings, score_maps, standard_ranks
 from padprobe.stimuli import Images
+
+Row = dict[str, Any]
 
 
 @dataclass
 class Measured:
-    """One encoder's measurements.
-
-    Attributes:
-        plan: what was asked for.
-        scores: SPC, MAE, nMAE and constant by (key, stimulus): each (n, T), or (n, 2T) with the permuted targets.
-        made: the readouts.
-        rings: the headline's SPC and MAE by stimulus: each (n, T, rings).
-        eta2: by (stimulus, stage): the value, its interval, and the number of images.
-        maps: see :class:`~padprobe.results.Results`, without the run's name.
-        reach: the cells of each stage that padding reaches, bool (h, w).
-    """
+    """One encoder's measurements."""
 
     plan: Plan
-    made: Made = field(default_factory=dict)
+    n_train: int | None  # training images; None for readouts that were trained before
+    made: Made = field(default_factory=dict)  # the readouts; the first is the headline
+    # SPC, MAE, nMAE and constant by (key, stimulus): each (n, T), or (n, 2T) with the permuted targets
     scores: dict[tuple[Key, str], dict[str, Tensor]] = field(default_factory=dict)
+    # the headline's SPC and MAE by stimulus: each (n, T, rings)
     rings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    # by (stimulus, stage): the value, its interval, and the number of images
     eta2: dict[tuple[str, str], tuple[float, float, float, int]] = field(default_factory=dict)
-    maps: dict[str, np.ndarray] = field(default_factory=dict)
-    reach: dict[str, Tensor] = field(default_factory=dict)
-
-    def results(self, labels: Mapping[str, Any]) -> Results:
-        """Tidy rows, the border profile and the maps. A ridge readout's ``gap`` is its SPC minus that of the trained
-        readout of the same features: what the training left undone."""
-        names = self.plan.names
-        rows: list[dict[str, Any]] = []
-        for (key, stimulus), scores in self.scores.items():
-            own = {metric: values[:, : len(names)] for metric, values in scores.items()}
-            if self.plan.selectivity:
-                own["selectivity"] = own["spc"] - scores["spc"][:, len(names) :]
-            common = {**describe(key), **labels, "stimulus": stimulus}
-            trained = (dataclasses.replace(key[0], kind="posenet"), self.plan.seeds[0]), stimulus
-            if key[0].kind == "ridge" and trained in self.scores:
-                own["gap"] = own["spc"] - self.scores[trained]["spc"][:, : len(names)]
-            rows += [{**common, **row} for row in summarize(own, names)]
-        variance = {"seed": self.plan.seeds[0], **labels, "readout": "variance"}
-        for (stimulus, stage), (value, low, high, n) in self.eta2.items():
-            more = {"stages": stage, "stimulus": stimulus, "target": "", "metric": "eta2", "value": value}
-            rows.append({**variance, **more, "ci_low": low, "ci_high": high, "n": n})
-        for stage, mask in self.reach.items():
-            more = {
-                "stages": stage,
-                "stimulus": "",
-                "target": "",
-                "metric": "reach",
-                "value": mask.float().mean().item(),
-            }
-            rows.append({**variance, **more})
-        run = labels.get("run", "")
-        return Results(
-            pd.DataFrame(rows).reindex(columns=list(COLUMNS)),
-            profile=pd.DataFrame(list(self._profile(labels))).reindex(columns=list(PROFILE)),
-            maps={f"{run}/{name}": values for name, values in self.maps.items()},
-        )
-
-    def _profile(self, labels: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        plan = self.plan
-        width = plan.image_size / plan.grid
-        headline = {**describe((plan.readouts[0], plan.seeds[0])), **labels}
-        for stimulus, values in self.rings.items():
-            for i in range(values["spc"].shape[-1]):
-                place = {"stimulus": stimulus, "distance": (i + 0.5) * width}
-                for row in summarize({name: scores[..., i] for name, scores in values.items()}, plan.names):
-                    yield {**headline, **place, **row}
-        variance = {"seed": plan.seeds[0], **labels, "readout": "variance", "target": ""}
-        for (stimulus, stage), (*_, n) in self.eta2.items():
-            if stage != "all":
-                found = torch.from_numpy(self.maps[f"{stimulus}/{stage}/eta2"])
-                for i, value in enumerate(_by_ring(found, 1.0)):
-                    # the outermost points of the aligned grid lie on the image's border
-                    place = {"stimulus": stimulus, "stages": stage, "distance": i * plan.image_size / (plan.grid - 1)}
-                    yield {**variance, **place, "metric": "eta2", "value": value, "n": n}
-        for stage, mask in self.reach.items():
-            cell = plan.image_size / mask.shape[-1]
-            step = max(width / cell, 1.0)
-            for i, value in enumerate(_by_ring(mask.float(), step)):
-                place = {"stimulus": "", "stages": stage, "distance": (i + 0.5) * step * cell}
-                yield {**variance, "readout": "", **place, "metric": "reach", "value": value}
-
-
-def _by_ring(cells: Tensor, width: float) -> list[float]:
-    """Means of a map of cells (h, w) over rings ``width`` cells wide, from the border inwards."""
-    return [cells.flatten()[ring].mean().item() for ring in rings(cells.shape[0], cells.shape[1], width)]
+    # by (stimulus, target or stage, "prediction", "error" or "eta2"), see Results
+    maps: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
+    reach: dict[str, Tensor] = field(default_factory=dict)  # the cells of each stage that padding reaches, (h, w)
+    how: str = ""
 
 
 def measure(
-    reader: FeatureReader,
+    encoder: nn.Module,
     plan: Plan,
-    train: Images,
+    train: Images | None,
     test: Mapping[str, Images],
-    cache_gb: float,
-    cache_dir: str | Path | None,
-    progress: Progress | None,
+    fabric: Fabric,
+    progress: Progress,
 ) -> Measured:
-    """Makes the readouts on the training images and scores them on each test set: one pass over either.
+    """One pass over the training images and one over each test set.
 
-    In full float32: a GPU's TF32 would put differences of 1e-3 between it and a CPU.
+    All in float32: TF32 on a GPU would change scores by about 0.001.
     """
-    channels = {readout: channels_of(reader, readout) for readout in plan.readouts}
-    measured = Measured(plan)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False):
-        if plan.states is not None:
-            measured.made = load_states(reader, plan, channels)
-        else:
-            measured.made = fit_readouts(reader, plan, channels, train, cache_gb, cache_dir, progress)
-        for name, images in test.items():
-            _score(measured, reader, measured.made, channels, name, images, progress)
+    started = time.perf_counter()
+    measured = Measured(plan, None if train is None or plan.states is not None else len(train))
+    if not plan.unpadded:
+        masks = padding_reach(encoder, plan.layers, plan.options.image_size)
+        measured.reach = {f"f{i + 1}": masks[layer] for i, layer in enumerate(plan.layers) if layer in masks}
+    float32 = torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False)
+    with float32, FeatureReader(encoder, plan, fabric, progress) as reader:
+        if plan.options.settle:
+            assert train is not None
+            reader.settle(train)
+        measured.made = make_readouts(reader, train)
+        for stimulus, images in test.items():
+            _score(measured, reader, stimulus, images)
+    measured.how = _describe_work(plan, fabric, time.perf_counter() - started)
     return measured
 
 
-def _score(
-    measured: Measured,
-    reader: FeatureReader,
-    readouts: Made,
-    channels: dict[Readout, list[slice]],
-    stimulus: str,
-    images: Images,
-    progress: Progress | None,
-) -> None:
+def _describe_work(plan: Plan, fabric: Fabric, seconds: float) -> str:
+    device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else fabric.device.type.upper()
+    where = f"{fabric.world_size} x {device}" if fabric.world_size > 1 else device
+    duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    notes = {
+        f"probed on {where} with torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, in {duration}": True,
+        "images normalized as for ImageNet": plan.options.normalize,
+        "BatchNorm statistics from a batch of training images": plan.options.settle,
+        "readouts trained before": plan.states is not None,
+    }
+    return "; ".join(note for note, applies in notes.items() if applies)
+
+
+def _score(measured: Measured, reader: FeatureReader, stimulus: str, images: Images) -> None:
     """One pass over a test set: scores of every readout, the headline's rings and maps, and eta squared."""
-    plan, fabric, n = measured.plan, reader.fabric, len(images)
-    headline = next(iter(readouts))
-    maps = {key: module.maps for key, module in readouts.items()}
-    ranks = {readout: standard_ranks(maps[readout, seed]) for readout, seed in reversed(readouts)}
-    count = len(plan.targets)
-    profile = BorderProfile(maps[headline][:count], plan.image_size / plan.grid)
-    variance = PositionVariance(reader.width, plan.grid).to(reader.device)
-    variance.sync_on_compute = fabric.world_size > 1
-    scores = {key: {m: torch.zeros(n, len(maps[key])) for m in ("spc", "mae", "nmae", "constant")} for key in readouts}
+    plan, n, made = measured.plan, len(images), measured.made
+    headline, count = next(iter(made)), len(plan.options.targets)
+    maps = {key: module.maps for key, module in made.items()}
+    ranks = {readout: standard_ranks(maps[readout, seed]) for readout, seed in reversed(made)}
+    profile = BorderProfile(maps[headline][:count], plan.options.image_size / plan.options.grid)
+    variance = PositionVariance(plan.width, plan.options.grid).to(reader.device)
+    variance.sync_on_compute = reader.fabric.world_size > 1
+    scores = {key: {m: torch.zeros(n, len(maps[key])) for m in ("spc", "mae", "nmae", "constant")} for key in made}
     in_rings = {m: torch.zeros(n, count, len(profile.rings)) for m in ("spc", "mae")}
     sums = torch.zeros(2, *maps[headline][:count].shape, device=reader.device)
-    for index, features in reader.batches(images, stimulus, progress):
+    for index, features in reader.batches(images, stimulus):
         variance.update(features, index)
-        for key, module in readouts.items():
+        for key, module in made.items():
             with torch.inference_mode():
-                prediction = module(select_channels(features, channels[key[0]]))
+                prediction = module(plan.select(key[0], features))
                 for metric, values in score_maps(prediction, maps[key], ranks[key[0]]).items():
                     scores[key][metric][index] = values.float().cpu()
                 if key == headline:
@@ -169,21 +113,111 @@ def _score(
                     sums[0] += prediction.sum(0)
                     sums[1] += (prediction - maps[key][:count]).abs().sum(0)
 
-    def total(values: Tensor) -> Tensor:  # every image was seen by one process, and is 0 in the others
-        if fabric.world_size == 1:
+    def total(values: Tensor) -> Tensor:  # each image was scored by one process, and is 0 in the others
+        if reader.fabric.world_size == 1:
             return values.cpu()
-        return fabric.all_reduce(values.to(reader.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
+        return reader.fabric.all_reduce(values.to(reader.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
 
-    for key in readouts:
-        whole = {metric: total(values) for metric, values in scores[key].items()}
-        measured.scores[key, stimulus] = {**whole, "constant": whole["constant"].bool()}
+    for key in made:
+        totals = {metric: total(values) for metric, values in scores[key].items()}
+        measured.scores[key, stimulus] = {**totals, "constant": totals["constant"].bool()}
     measured.rings[stimulus] = {metric: total(values) for metric, values in in_rings.items()}
-    for kind, values in zip(("prediction", "error"), total(sums) / n, strict=True):
-        for name, mean in zip(plan.names, values, strict=True):
-            measured.maps[f"{stimulus}/{name}/{kind}"] = mean.numpy()
-    if n >= 2:
-        for stage, part in {**reader.channels, "all": slice(0, reader.channels["rgb"].start)}.items():
-            cells = variance.eta_squared(part)
-            measured.eta2[stimulus, stage] = (cells.mean().item(), *variance.interval(part), n)
-            if stage != "all":
-                measured.maps[f"{stimulus}/{stage}/eta2"] = cells.float().cpu().numpy()
+    for kind, means in zip(("prediction", "error"), total(sums) / n, strict=True):
+        for name, mean in zip(plan.names, means, strict=True):
+            measured.maps[stimulus, name, kind] = mean.numpy()
+    for stage, part in {**plan.channels, "all": slice(0, plan.channels["rgb"].start)}.items() if n >= 2 else ():
+        cells = variance.eta_squared(part)
+        measured.eta2[stimulus, stage] = (cells.mean().item(), *variance.interval(part), n)
+        if stage != "all":
+            measured.maps[stimulus, stage, "eta2"] = cells.float().cpu().numpy()
+
+
+def tabulate(measured: Measured, labels: Mapping[str, Any], twins: Sequence[Measured] = ()) -> Results:
+    """One run's row, its measurements, the border profile and the maps.
+
+    ``labels`` are the run's columns; a ``seed`` among them replaces those of the readouts. ``twins`` are the
+    measurements of untrained twins, for delta.
+    """
+    plan, labels = measured.plan, dict(labels)
+    size, source = plan.options.image_size, plan.source_px
+    sizes = {"image_px": size, "source_px": source, "shown_px": source if plan.unpadded else size}
+    run = {"seed": plan.options.seeds[0], **labels, **sizes, "n_train": measured.n_train, "how": measured.how}
+    rows = [*_scores(measured, twins, labels), *_variance(measured, labels)]
+    return Results(
+        pd.DataFrame(rows).reindex(columns=list(COLUMNS)),
+        runs=pd.DataFrame([run]).reindex(columns=list(RUNS)),
+        profile=pd.DataFrame(list(_profile(measured, labels))).reindex(columns=list(PROFILE)),
+        maps={"/".join((labels["run"], *key)): values for key, values in measured.maps.items()},
+    )
+
+
+def _describe(key: Key, labels: Row) -> Row:
+    """A readout's columns and the run's."""
+    readout, seed = key
+    shape = (readout.kernel_size, readout.depth, readout.padding)
+    columns = zip(READOUT, (readout.kind, *shape, readout.scale, readout.stages), strict=True)
+    return {**dict(columns), "seed": seed, **labels}
+
+
+def _scores(measured: Measured, twins: Sequence[Measured], labels: Row) -> Iterator[Row]:
+    """Rows of every readout.
+
+    The ``gap`` of a ridge readout is its SPC minus that of the trained readout of the same features: what the training
+    left undone. ``delta`` is the SPC minus the mean SPC of the untrained twins, per image; the interval takes the twins
+    as given. The image alone has no encoder, and so no delta.
+    """
+    plan, count = measured.plan, len(measured.plan.names)
+    for (key, stimulus), scores in measured.scores.items():
+        values = {metric: per_image[:, :count] for metric, per_image in scores.items()}
+        if plan.options.selectivity:
+            values["selectivity"] = values["spc"] - scores["spc"][:, count:]
+        trained = (dataclasses.replace(key[0], kind="posenet"), plan.options.seeds[0]), stimulus
+        if key[0].kind == "ridge" and trained in measured.scores:
+            values["gap"] = values["spc"] - measured.scores[trained]["spc"][:, :count]
+        if twins and key[0].stages != "rgb":
+            same = (key[0], plan.options.seeds[0]), stimulus
+            control = torch.stack([twin.scores[same]["spc"] for twin in twins]).mean(0)
+            values["delta"] = values["spc"] - control[:, :count]
+        for row in summarize(values, plan.names):
+            yield {**_describe(key, labels), "stimulus": stimulus, **row}
+
+
+def _variance(measured: Measured, labels: Row) -> Iterator[Row]:
+    """Rows of what needs no readout: eta2, and the share of a stage's cells that padding reaches."""
+    common = {"seed": measured.plan.options.seeds[0], **labels, "readout": "variance", "target": ""}
+    for (stimulus, stage), (value, low, high, n) in measured.eta2.items():
+        numbers = {"metric": "eta2", "value": value, "ci_low": low, "ci_high": high, "n": n}
+        yield {**common, "stages": stage, "stimulus": stimulus, **numbers}
+    for stage, mask in measured.reach.items():
+        yield {**common, "stages": stage, "stimulus": "", "metric": "reach", "value": mask.float().mean().item()}
+
+
+def _profile(measured: Measured, labels: Row) -> Iterator[Row]:
+    """Rows of the border profile: the headline's scores, eta2 and reach, by distance to the border in pixels."""
+    plan, size, grid = measured.plan, measured.plan.options.image_size, measured.plan.options.grid
+    width = size / grid
+    headline = _describe(next(iter(measured.made)), labels)
+    for stimulus, values in measured.rings.items():
+        for i in range(values["spc"].shape[-1]):
+            place = {"stimulus": stimulus, "distance": (i + 0.5) * width}
+            for row in summarize({name: scores[..., i] for name, scores in values.items()}, plan.names):
+                yield {**headline, **place, **row}
+    variance = {"seed": plan.options.seeds[0], **labels, "readout": "variance", "target": ""}
+    for (stimulus, stage), (*_, n) in measured.eta2.items():
+        if stage != "all":
+            cells = torch.from_numpy(measured.maps[stimulus, stage, "eta2"])
+            for i, value in enumerate(_by_ring(cells, 1.0)):
+                # the outermost points of the aligned grid lie on the image's border
+                place = {"stimulus": stimulus, "stages": stage, "distance": i * size / (grid - 1)}
+                yield {**variance, **place, "metric": "eta2", "value": value, "n": n}
+    for stage, mask in measured.reach.items():
+        cell = size / mask.shape[-1]
+        step = max(width / cell, 1.0)
+        for i, value in enumerate(_by_ring(mask.float(), step)):
+            place = {"stimulus": "", "stages": stage, "distance": (i + 0.5) * step * cell}
+            yield {**variance, **place, "metric": "reach", "value": value}
+
+
+def _by_ring(cells: Tensor, width: float) -> list[float]:
+    """Means of a map of cells (h, w) over rings ``width`` cells wide, from the border inwards."""
+    return [cells.flatten()[ring].mean().item() for ring in rings(cells.shape[0], cells.shape[1], width)]

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from padprobe.errors import check_name
 from padprobe.maps import TARGETS
 from padprobe.readout.spec import Readout
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def option(default: Any, help: str, changes: tuple[str, ...] = ("probe",)) -> Any:
-    """A field of an options class.
 
-    Args:
-        default: its value; a list or dictionary is copied for each instance.
-        help: what it is, as users read it.
-        changes: which results of a study's cell depend on it, of ``"training"``, ``"scores"`` and ``"probe"``.
+def option(default: Any, help: str, changes: tuple[str, ...] = ("probe",), least: float | None = None) -> Any:
+    """A field of an options class; a default that is a list or dictionary is copied for each instance.
+
+    ``changes`` says which results of a study's cell depend on it, of ``"training"``, ``"scores"`` and ``"probe"``;
+    ``least`` is the smallest value that is allowed.
     """
-    metadata = {"help": help, "changes": changes}
+    metadata = {"help": help, "changes": changes, "least": least}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -28,9 +32,8 @@ def option(default: Any, help: str, changes: tuple[str, ...] = ("probe",)) -> An
 class ProbeOptions:
     """How a frozen encoder is probed; the help of each field says what it is.
 
-    Example:
-        >>> ProbeOptions(image_size=96).epochs
-        15
+    Raises:
+        ValueError: for a number that is too small, or a list that is empty.
     """
 
     readouts: list[Readout] | str = option(
@@ -44,16 +47,20 @@ class ProbeOptions:
         "auto", "names of the encoder's layers to read from, 'auto' (found by the tool) or 'paper' (as in the paper)"
     )
     targets: list[Any] = option(list(TARGETS), "position maps to read out: H, V, G, HS, VS (in Python also functions)")
-    grid: int = option(28, "side in cells of the grid that all stages are resized to")
-    image_size: int = option(224, "side in pixels of the images that the encoder sees and of the predicted maps")
+    grid: int = option(28, "side in cells of the grid that all stages are resized to", least=2)
+    image_size: int = option(
+        224, "side in pixels of the images that the encoder sees and of the predicted maps", least=2
+    )
     normalize: bool = option(
         False, "subtract ImageNet's mean and divide by its standard deviation (the paper's code does not)"
     )
-    epochs: int = option(15, "epochs of the readouts' training")
-    batch_size: int = option(32, "images per batch, of the encoder's pass and of the readouts' training")
+    epochs: int = option(15, "epochs of the readouts' training", least=1)
+    batch_size: int = option(32, "images per batch, of the encoder's pass and of the readouts' training", least=1)
     seeds: list[int] = option([0], "seeds of the readouts; the first also draws the samples of images and the stimuli")
     untrained: int = option(
-        3, "untrained twins to compare with (delta = SPC - mean SPC of the twins); each costs as much as the encoder"
+        3,
+        "untrained twins to compare with (delta = SPC - mean SPC of the twins); each costs as much as the encoder",
+        least=0,
     )
     selectivity: bool = option(True, "read out a permuted target too: selectivity = SPC - SPC of the permuted target")
     context: bool = option(
@@ -65,9 +72,57 @@ class ProbeOptions:
         "the encoder is untrained: its BatchNorms take the statistics of a batch of training images, as those of the "
         "twins do, and no twins are made",
     )
-    limit_train: int | None = option(None, "use a random sample of at most so many training images")
-    limit_test: int | None = option(None, "use a random sample of at most so many images of each test set")
-    num_workers: int = option(0, "processes that read images", changes=())
+    limit_train: int | None = option(None, "use a random sample of at most so many training images", least=1)
+    limit_test: int | None = option(None, "use a random sample of at most so many images of each test set", least=1)
+    num_workers: int = option(0, "processes that read images", changes=(), least=0)
     cache_gb: float = option(
-        8.0, "memory for the training images' features in GB; above it they go to a file", changes=()
+        8.0, "memory for the training images' features in GB; above it they go to a file", changes=(), least=0
     )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(ProbeOptions):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if least is not None and value is not None and value < least:
+                raise ValueError(f"{field.name} is {value}; expected {least} or more")
+            several = isinstance(default_of(field), list)
+            if (several and not isinstance(value, (list, tuple, str))) or (
+                hasattr(value, "__len__") and not len(value)
+            ):
+                raise ValueError(f"{field.name} is {value!r}; expected a list of at least one")
+        for target in self.targets:
+            if isinstance(target, str):
+                check_name(target, TARGETS, "target")
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of an options class's field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def change_options(options: ProbeOptions | None, changes: Mapping[str, Any]) -> ProbeOptions:
+    """A copy of the options in which some have another value.
+
+    Raises:
+        ValueError: for a name that is no option, with the nearest names.
+    """
+    for name in changes:
+        check_name(name, [field.name for field in dataclasses.fields(ProbeOptions)], "option of a probe")
+    return dataclasses.replace(options or ProbeOptions(), **changes)
+
+
+def show_options(function: Function) -> Function:
+    """Decorator: puts every option into the signature and the docstring of a function that takes ``**changes``.
+
+    The docstring has a line ``{options}`` where the options go.
+    """
+    signature = inspect.signature(function)
+    fields = dataclasses.fields(ProbeOptions)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for field in fields:
+        annotated = {"default": default_of(field), "annotation": field.type}
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, **annotated))
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper = textwrap.TextWrapper(120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    lines = [wrapper.fill(f"{field.name}: {field.metadata['help']}.") for field in fields]
+    function.__doc__ = (function.__doc__ or "").replace("        {options}", "\n".join(lines))
+    return function

@@ -1,19 +1,23 @@
-"""What a probe reads out: readouts, targets, seeds, and the channels that each reads."""
+"""What one pass of an encoder reads out: stages, readouts, targets and seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from padprobe.maps import Target, position_maps, shuffled, target_name
-from padprobe.probe.features import FeatureReader
+from padprobe.network.stages import choose_layers
+from padprobe.network.trace import context_size, stage_shapes
+from padprobe.probe.options import ProbeOptions
 from padprobe.readout.posenet import PosENet, readout_side
 from padprobe.readout.ridge import RidgeReadout
-from padprobe.readout.spec import Readout
+from padprobe.readout.saved import SavedReadouts
+from padprobe.readout.spec import Readout, with_controls
 
 Key = tuple[Readout, int]
 """A readout and its seed."""
@@ -23,106 +27,136 @@ Made = dict[Key, PosENet | RidgeReadout]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to read out: the first readout at the first seed is the headline.
+    """What one pass reads out; the first readout at the first seed is the headline.
 
     Attributes:
-        readouts: all of them, the controls on the image alone included.
-        targets: position maps.
-        image_size: side of the predicted maps in pixels.
-        grid: side of the aligned features in cells.
-        epochs, batch_size: of the trained readouts.
-        seeds: of the readouts.
-        selectivity: whether to read out the permuted targets too.
-        states: weights of readouts that were trained before; where given, nothing is trained, and ``readouts`` and
-            ``seeds`` are theirs.
+        layers: dotted names of the stages f1..fn.
+        channels: place of each stage's channels, and last of the image's ("rgb"), among the features of a pass.
+        readouts: all of them, with the controls on the image alone.
+        source_px: side in pixels of the images that are read; ``image_size`` in the centre is used.
+        sides: of the stages in cells, where the probe has a context run.
+        unpadded: this is the context run: the encoder sees all of ``source_px`` without padding, and its stages are
+            centre-cropped to ``sides``.
+        states: weights of readouts that were trained before; where given, nothing is trained.
+        cache_dir: folder for features that do not fit into memory.
     """
 
-    readouts: tuple[Readout, ...]
-    targets: tuple[Target, ...]
-    image_size: int
-    grid: int
-    epochs: int
-    batch_size: int
-    seeds: tuple[int, ...]
-    selectivity: bool
+    options: ProbeOptions
+    layers: Sequence[str]
+    channels: Mapping[str, slice]
+    readouts: Sequence[Readout]
+    source_px: int
+    sides: Sequence[int] | None = None
+    unpadded: bool = False
     states: Mapping[Key, dict[str, Tensor]] | None = None
+    cache_dir: str | Path | None = None
 
     @property
     def names(self) -> list[str]:
-        """The targets' names."""
-        return [target_name(target) for target in self.targets]
+        """Names of the targets."""
+        return [target_name(target) for target in self.options.targets]
 
     @property
     def keys(self) -> list[Key]:
-        """Every readout at every seed; a closed form has none, and stands at the first."""
-        return [(r, s) for s in self.seeds for r in self.readouts if r.kind == "posenet" or s == self.seeds[0]]
+        """Every readout at every seed; ridge, in closed form, at the first seed only."""
+        seeds = self.options.seeds
+        return [(r, seed) for seed in seeds for r in self.readouts if r.kind == "posenet" or seed == seeds[0]]
+
+    @property
+    def width(self) -> int:
+        """Channels of all stages and of the image."""
+        return self.channels["rgb"].stop
 
     def all_targets(self, readout: Readout) -> list[Target]:
         """The targets, then the permuted ones."""
-        side = readout_side(readout.kernel_size, readout.depth, readout.padding, self.grid)
-        return [*self.targets, *(shuffled(t, side) for t in self.targets if self.selectivity)]
+        targets = self.options.targets
+        side = readout_side(readout.kernel_size, readout.depth, readout.padding, self.options.grid)
+        return [*targets, *(shuffled(target, side) for target in targets if self.options.selectivity)]
 
-    def all_names(self, readout: Readout) -> list[str]:
-        """Their names."""
-        return [target_name(target) for target in self.all_targets(readout)]
+    def maps(self, readout: Readout) -> tuple[list[str], Tensor]:
+        """Names and maps, (T or 2T, S, S), of :meth:`all_targets`."""
+        targets = self.all_targets(readout)
+        return [target_name(t) for t in targets], position_maps(self.options.image_size, targets, readout.scale)
 
-    def maps(self, readout: Readout) -> Tensor:
-        """Their maps, (T or 2T, S, S)."""
-        return position_maps(self.image_size, self.all_targets(readout), readout.scale)
+    def posenet(self, readout: Readout, seed: int) -> PosENet:
+        """The readout before its training."""
+        shape = readout.kernel_size, readout.depth, readout.padding, self.options.grid, self.options.image_size
+        return PosENet(self.width_of(readout), self.all_targets(readout), *shape, seed, readout.scale)
 
-    def posenet(self, readout: Readout, seed: int, in_channels: int) -> PosENet:
-        """An untrained readout."""
-        return PosENet(
-            in_channels,
-            self.all_targets(readout),
-            readout.kernel_size,
-            readout.depth,
-            readout.padding,
-            self.grid,
-            self.image_size,
-            seed,
-            readout.scale,
-        )
+    def parts(self, readout: Readout) -> list[slice]:
+        """The channels that a readout reads; neighbours are merged."""
+        if readout.stages == "all":
+            return [slice(0, self.channels["rgb"].start)]
+        names = dict.fromkeys(readout.stages.split("+"))
+        merged: list[slice] = []
+        for part in sorted((self.channels[name] for name in names), key=lambda part: part.start):
+            if merged and merged[-1].stop == part.start:
+                merged[-1] = slice(merged[-1].start, part.stop)
+            else:
+                merged.append(part)
+        return merged
 
+    def width_of(self, readout: Readout) -> int:
+        """How many channels a readout reads."""
+        return sum(part.stop - part.start for part in self.parts(readout))
 
-def describe(key: Key) -> dict[str, Any]:
-    """A readout's columns in the results."""
-    readout, seed = key
-    return {
-        "readout": readout.kind,
-        "kernel_size": readout.kernel_size,
-        "depth": readout.depth,
-        "head_padding": readout.padding,
-        "scale": readout.scale,
-        "stages": readout.stages,
-        "seed": seed,
-    }
+    def select(self, readout: Readout, features: Tensor) -> Tensor:
+        """What a readout reads of features (B, width, grid, grid): a view of neighbouring channels, else a copy."""
+        parts = self.parts(readout)
+        return features[:, parts[0]] if len(parts) == 1 else torch.cat([features[:, part] for part in parts], dim=1)
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for an image that does not have the shape (3, source_px, source_px)."""
+        size, source = self.options.image_size, self.source_px
+        if tuple(shape) != (3, source, source):
+            hint = " with its surroundings: give larger images, or leave `context` out" if source > size else ""
+            raise ValueError(
+                f"an image has shape {tuple(shape)}; expected (3, {source}, {source}) for image_size {size}{hint}"
+            )
 
-def channels_of(reader: FeatureReader, readout: Readout) -> list[slice]:
-    """The channels that a readout reads, neighbours together."""
-    if readout.stages == "all":
-        return [slice(0, reader.channels["rgb"].start)]
-    names = dict.fromkeys(readout.stages.split("+"))
-    parts = sorted((reader.channels[name] for name in names), key=lambda part: part.start)
-    merged: list[slice] = []
-    for part in parts:
-        if merged and merged[-1].stop == part.start:
-            merged[-1] = slice(merged[-1].start, part.stop)
-        else:
-            merged.append(part)
-    return merged
+    def without_padding(self) -> Plan:
+        """The plan of the context run. An encoder that was settled keeps its statistics."""
+        return dataclasses.replace(self, unpadded=True, options=dataclasses.replace(self.options, settle=False))
 
-
-def select_channels(features: Tensor, parts: list[slice]) -> Tensor:
-    """A view of neighbouring channels, or a copy of scattered ones."""
-    return features[:, parts[0]] if len(parts) == 1 else torch.cat([features[:, part] for part in parts], dim=1)
+    def of_twin(self) -> Plan:
+        """The plan of an untrained twin: settled, at the first seed only."""
+        seeds = self.options.seeds[:1]
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, settle=True, seeds=seeds))
 
 
-def total_width(parts: list[slice]) -> int:
-    return sum(part.stop - part.start for part in parts)
+def make_plan(
+    encoder: nn.Module, options: ProbeOptions, saved: SavedReadouts | None = None, cache_dir: str | Path | None = None
+) -> Plan:
+    """The plan of an encoder's probe, checked without running a layer; ``saved`` are readouts that were trained before.
+
+    Raises:
+        ValueError: naming the target, stage, layer, readout or image size that is not possible.
+    """
+    if len(set(names := [target_name(target) for target in options.targets])) < len(names):
+        raise ValueError(f"targets {', '.join(names)} share a name: give each function its own __name__")
+    position_maps(options.image_size, options.targets)
+    layers = choose_layers(encoder, options.stages, options.image_size)
+    channels = stage_channels(encoder, layers, options.image_size)
+    readouts = with_controls(options.readouts, list(channels)[:-1])  # type: ignore[arg-type]
+    for readout in readouts:
+        readout_side(readout.kernel_size, readout.depth, readout.padding, options.grid)
+    source_px, sides = options.image_size, None
+    if options.context:
+        source_px, sides = context_size(encoder, options.image_size, layers)
+    states = dict(zip(saved.readouts, saved.states, strict=True)) if saved else None
+    plan = Plan(options, layers, channels, readouts, source_px, sides, states=states, cache_dir=cache_dir)
+    for (readout, _), state in (states or {}).items():
+        width, expected = plan.width_of(readout), state["weight"].shape[1]
+        if width != expected:
+            raise ValueError(
+                f"the trained readout of stages {readout.stages} reads {expected} channels, and those of "
+                f"{type(encoder).__name__} have {width}: it was trained on another architecture"
+            )
+    return plan
 
 
-def held_out_mask(index: Tensor) -> Tensor:
-    """The images on which ridge chooses its penalty: every fifth."""
-    return index % 5 == 4
+def stage_channels(encoder: nn.Module, layers: Sequence[str], image_size: int) -> dict[str, slice]:
+    """The channels of f1..fn and of the image ("rgb"), side by side: each one's place."""
+    widths = [*(channels for channels, _, _ in stage_shapes(encoder, layers, image_size)), 3]
+    names = [*(f"f{i + 1}" for i in range(len(layers))), "rgb"]
+    return {name: slice(sum(widths[:i]), sum(widths[: i + 1])) for i, name in enumerate(names)}

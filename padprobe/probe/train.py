@@ -1,161 +1,128 @@
-"""Makes the readouts on features of the training images."""
+"""Makes the readouts from the features of the training images."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
-from padprobe.probe.features import FeatureCache, FeatureReader, Progress, gather
-from padprobe.probe.plan import Key, Made, Plan, held_out_mask, select_channels, total_width
+from padprobe.probe.features import FeatureCache, FeatureReader, Progress, gather, silent
+from padprobe.probe.plan import Key, Made
 from padprobe.readout.posenet import PosENet, make_optimizer
 from padprobe.readout.ridge import GRAM_LIMIT_GB, RidgeReadout, RidgeStatistics, gram_gb, solve, solve_by_gradients
 from padprobe.readout.spec import Readout
 from padprobe.stimuli import Images
 
 
-def load_states(reader: FeatureReader, plan: Plan, channels: dict[Readout, list[slice]]) -> Made:
-    """Readouts that were trained before, in evaluation mode.
+def make_readouts(reader: FeatureReader, images: Images | None) -> Made:
+    """All readouts of a plan, in evaluation mode and the same in every process.
 
-    Raises:
-        ValueError: where they read other channels than the encoder has.
+    They are made in one pass over the training images, unless the plan has the states of trained ones.
     """
-    found: Made = {}
-    for (readout, seed), state in (plan.states or {}).items():
-        width, expected = total_width(channels[readout]), state["weight"].shape[1]
-        if width != expected:
-            raise ValueError(
-                f"the trained readout of stages {readout.stages} reads {expected} channels, and those of "
-                f"{type(reader.encoder).__name__} have {width}: it was trained on another architecture"
-            )
-        module = plan.posenet(readout, seed, width)
-        module.load_state_dict(state)
-        found[readout, seed] = module.to(reader.device).eval()
-    return found
+    plan = reader.plan
+    if plan.states is not None:
+        made: Made = {key: plan.posenet(*key) for key in plan.states}
+        for key, module in made.items():
+            module.load_state_dict(dict(plan.states[key]))
+    else:
+        assert images is not None
+        made = _fit(reader, images)
+    for module in made.values():
+        module.to(reader.device).eval()
+    return made
 
 
-def fit_readouts(
-    reader: FeatureReader,
-    plan: Plan,
-    channels: dict[Readout, list[slice]],
-    images: Images,
-    cache_gb: float,
-    cache_dir: str | Path | None,
-    progress: Progress | None,
-) -> Made:
-    """One pass over the training images, then every readout, in evaluation mode; the same in every process."""
-    fabric, n = reader.fabric, len(images)
-    streamed: dict[Readout, RidgeStatistics] = {}
+def _fit(reader: FeatureReader, images: Images) -> Made:
+    """One pass over the training images, then every readout."""
+    plan, fabric = reader.plan, reader.fabric
+    streamed: dict[Readout, RidgeStatistics] = {}  # the others need a cache
     for readout in plan.readouts:
-        width = total_width(channels[readout])
-        if readout.kind == "ridge" and gram_gb(width, readout.kernel_size) <= GRAM_LIMIT_GB:
-            streamed[readout] = RidgeStatistics(width, readout.kernel_size, plan.grid).to(reader.device)
-            streamed[readout].sync_on_compute = fabric.world_size > 1  # not with processes that this run knows not of
+        width, kernel_size = plan.width_of(readout), readout.kernel_size
+        if readout.kind == "ridge" and gram_gb(width, kernel_size) <= GRAM_LIMIT_GB:
+            streamed[readout] = RidgeStatistics(width, kernel_size, plan.options.grid).to(reader.device)
+            streamed[readout].sync_on_compute = fabric.world_size > 1  # only within this run's own processes
     cached = [key for key in plan.keys if key[0] not in streamed]
-    cache = None
-    what = "encoder pass"
+    cache, what = None, "encoder pass"
     if cached:
-        share = len(range(fabric.global_rank, n, fabric.world_size))
-        cache = FeatureCache(share, reader.width, plan.grid, cache_gb, cache_dir, reader.device)
+        cache = _new_cache(reader, len(range(fabric.global_rank, len(images), fabric.world_size)))
         what += f" (features: {cache.where})"
     done = 0
-    for index, features in reader.batches(images, what, progress):
+    for index, features in reader.batches(images, what):
         for readout, statistics in streamed.items():
-            statistics.update(select_channels(features, channels[readout]), held_out_mask(index))
+            statistics.update(plan.select(readout, features), _held_out(index))
         if cache is not None:
             cache.write(torch.arange(done, done + len(index)), features)
             done += len(index)
 
-    found: Made = {}
-    for readout, statistics in streamed.items():
-        found[readout, plan.seeds[0]] = solve(statistics, plan.all_names(readout), plan.maps(readout))
+    made: Made = {(r, plan.options.seeds[0]): solve(s, *plan.maps(r)) for r, s in streamed.items()}
     if cache is not None:
         cache.check(fabric)
         whole: FeatureCache | None = cache
         if fabric.world_size > 1:
-            first = fabric.global_rank == 0
-            whole = FeatureCache(n, reader.width, plan.grid, cache_gb, cache_dir, reader.device) if first else None
+            whole = _new_cache(reader, len(images)) if fabric.global_rank == 0 else None
             gather(cache, whole, fabric)
-        found.update(_fit_cached(whole, cached, reader.device, plan, channels, fabric, progress))
-    for module in found.values():
-        module.to(reader.device).eval()
-    return {key: found[key] for key in plan.keys}
+        made.update(_fit_cached(reader, whole, cached))
+    return {key: made[key] for key in plan.keys}
 
 
-def _fit_cached(
-    cache: FeatureCache | None,
-    keys: list[Key],
-    device: torch.device,
-    plan: Plan,
-    channels: dict[Readout, list[slice]],
-    fabric: Fabric,
-    progress: Progress | None,
-) -> Made:
-    """Readouts that need the features more than once: made by process 0, which has the cache, and handed to all."""
-    found: Made = {}
-    for seed in plan.seeds:
-        trained: dict[Key, PosENet] = {
-            key: plan.posenet(key[0], seed, total_width(channels[key[0]])).to(device)
-            for key in keys
-            if key[0].kind == "posenet" and key[1] == seed
-        }
-        if trained and cache is not None:
-            train_readouts(
-                trained,
-                cache,
-                lambda key, features: select_channels(features, channels[key[0]]),
-                plan.epochs,
-                plan.batch_size,
-                seed,
-                progress,
-            )
-        found.update(trained)
-    for module in found.values():
+def _held_out(index: Tensor) -> Tensor:
+    """The images on which ridge chooses its penalty: every fifth."""
+    return index % 5 == 4
+
+
+def _new_cache(reader: FeatureReader, n: int) -> FeatureCache:
+    plan = reader.plan
+    return FeatureCache(n, plan.width, plan.options.grid, plan.options.cache_gb, plan.cache_dir, reader.device)
+
+
+def _fit_cached(reader: FeatureReader, cache: FeatureCache | None, keys: list[Key]) -> Made:
+    """Readouts that need the features more than once.
+
+    Process 0, which has the cache, makes them and hands them to the other processes.
+    """
+    plan, fabric, options = reader.plan, reader.fabric, reader.plan.options
+    trained = {key: plan.posenet(*key).to(reader.device) for key in keys if key[0].kind == "posenet"}
+    for seed in options.seeds:
+        same_seed = {key: readout for key, readout in trained.items() if key[1] == seed}
+        if same_seed and cache is not None:
+            how = options.epochs, options.batch_size, seed, reader.progress
+            train_readouts(same_seed, cache, lambda key, features: plan.select(key[0], features), *how)
+    for module in trained.values():
         if fabric.world_size > 1:
             module.load_state_dict(fabric.broadcast({k: v.cpu() for k, v in module.state_dict().items()}))
+    made: Made = dict(trained)
     for readout, seed in keys:
         if readout.kind == "ridge":
-            found[readout, seed] = _solve_cached(cache, readout, device, plan, channels[readout], fabric, progress)
-    return found
+            made[readout, seed] = _solve_cached(reader, cache, readout)
+    return made
 
 
-def _solve_cached(
-    cache: FeatureCache | None,
-    readout: Readout,
-    device: torch.device,
-    plan: Plan,
-    parts: list[slice],
-    fabric: Fabric,
-    progress: Progress | None,
-) -> RidgeReadout:
-    """A ridge readout whose Gram matrix would be too large, on process 0, and the same on all."""
-    names, maps = plan.all_names(readout), plan.maps(readout)
+def _solve_cached(reader: FeatureReader, cache: FeatureCache | None, readout: Readout) -> RidgeReadout:
+    """A ridge readout whose Gram matrix would be too large: solved on process 0, the same on all."""
+    plan, fabric, options = reader.plan, reader.fabric, reader.plan.options
+    names, maps = plan.maps(readout)
     solved: RidgeReadout | None = None
     if cache is not None:
-        buffer = cache.buffer(plan.batch_size, device)
-        sweeps = 0
+        buffer, width = cache.buffer(options.batch_size, reader.device), plan.width_of(readout)
+        sweep = itertools.count(1)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            nonlocal sweeps
-            sweeps += 1
-            for index in torch.arange(len(cache)).split(plan.batch_size):
-                yield select_channels(cache.read(index, buffer), parts), held_out_mask(index).to(device)
-                if progress:
-                    progress(f"conjugate gradients, sweep {sweeps}", int(index[-1]) + 1, len(cache))
+            what = f"conjugate gradients, sweep {next(sweep)}"
+            for index in torch.arange(len(cache)).split(options.batch_size):
+                yield plan.select(readout, cache.read(index, buffer)), _held_out(index).to(reader.device)
+                reader.progress(what, int(index[-1]) + 1, len(cache))
 
-        solved = solve_by_gradients(
-            batches, total_width(parts), names, maps, readout.kernel_size, plan.grid, device=device
-        )
+        shape = readout.kernel_size, options.grid
+        solved = solve_by_gradients(batches, width, names, maps, *shape, device=reader.device)
     if fabric.world_size == 1:
         assert solved is not None
         return solved
     state: Any = (solved.weight.cpu(), solved.bias.cpu(), solved.lam) if solved else None
     weight, bias, lam = fabric.broadcast(state)
-    return RidgeReadout(names, maps, weight, bias, plan.grid, lam)
+    return RidgeReadout(names, maps, weight, bias, options.grid, lam)
 
 
 def train_readouts(
@@ -165,41 +132,38 @@ def train_readouts(
     epochs: int = 15,
     batch_size: int = 32,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> None:
-    """Trains readouts side by side on features that were computed once, in place, and leaves them in evaluation mode.
+    """Trains readouts side by side on features that were computed once, in place; leaves them in evaluation mode.
 
-    Each has its own optimizer and its own random stream, so that none changes another's result.
+    Each readout has its own optimizer and its own random stream, so that none changes the result of another.
 
     Args:
         readouts: by any key.
         cache: the features of all images.
-        select: called with (key, features (B, width, grid, grid)): what that readout reads of them.
+        select: called with (key, features (B, width, grid, grid)): returns what that readout reads of them.
         epochs: passes over the features.
-        batch_size: images a step.
+        batch_size: images per step.
         seed: of the order of images, which all readouts share.
         progress: called with ("readouts", steps done, steps in all).
 
-    Source: paper, section 3.2: SGD, 15 epochs; the authors' code: rate .1, a tenth of that from epoch 10 on.
+    Source: paper, section 3.2: SGD, 15 epochs; the authors' code: learning rate 0.1, then 0.01 from epoch 10 on.
     """
-    device = next(iter(readouts.values())).weight.device
     optimizers = {key: make_optimizer(readout.train()) for key, readout in readouts.items()}
     generator = torch.Generator().manual_seed(seed)
     steps = [
         order for _ in range(epochs) for order in torch.randperm(len(cache), generator=generator).split(batch_size)
     ]
-    slow = 2 * len(steps) // 3
-    buffer = cache.buffer(batch_size, device)
+    buffer = cache.buffer(batch_size, next(iter(readouts.values())).weight.device)
     for step, order in enumerate(steps):
         features = cache.read(order, buffer)
         for key, readout in readouts.items():
             optimizer = optimizers[key]
             for group in optimizer.param_groups:
-                group["lr"] = 0.1 if step < slow else 0.01
+                group["lr"] = 0.1 if step < 2 * len(steps) // 3 else 0.01
             optimizer.zero_grad()
             readout.loss(select(key, features)).sum().backward()
             optimizer.step()
-        if progress:
-            progress("readouts", step + 1, len(steps))
+        progress("readouts", step + 1, len(steps))
     for readout in readouts.values():
         readout.eval()

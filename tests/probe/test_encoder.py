@@ -1,14 +1,16 @@
 import functools
+import re
 
+import pandas as pd
 import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
 
 from padprobe import load_encoder, probe_encoder
-from padprobe.probe.encoder import _relabel
+from padprobe.probe.options import ProbeOptions
 from padprobe.readout.spec import Readout
-from padprobe.results import COLUMNS, PROFILE, Results
+from padprobe.results import COLUMNS, PROFILE, RUNS, Results
 
 SMALL = {"image_size": 48, "grid": 14, "epochs": 8, "limit_train": 120, "limit_test": 40}
 
@@ -113,6 +115,31 @@ def test_bad_input_is_named_before_the_encoder_runs(vgg_options, tmp_path):
         probe_encoder(encoder, **{**SMALL, "image_size": 16})
     with pytest.raises(ValueError, match="no images in folder"):
         probe_encoder(encoder, test={"empty": tmp_path}, **SMALL)
+    with pytest.raises(ValueError, match="the mine images are an empty data set"):
+        probe_encoder(encoder, test={"mine": torch.rand(0, 3, 48, 48)}, **SMALL)
+    with pytest.raises(ValueError, match=r"has shape \(3, 40, 40\); expected \(3, 48, 48\)"):
+        probe_encoder(encoder, test={"mine": torch.rand(2, 3, 40, 40)}, **SMALL)
+    with pytest.raises(ValueError, match=r"save_to needs the folder '.*nowhere', which does not exist"):
+        probe_encoder(encoder, save_to=tmp_path / "nowhere" / "readouts.safetensors", **SMALL)
+    with pytest.raises(ValueError, match="cache_dir needs the folder"):
+        probe_encoder(encoder, cache_dir=tmp_path / "nowhere", **SMALL)
+    with pytest.raises(ValueError, match=r"the twin's stages have channels .*: make a twin of the same architecture"):
+        probe_encoder(encoder, twin=lambda seed: load_encoder("smp:vgg11", options={**vgg_options, **WIDER}), **SMALL)
+    encoder.scale = Scale()
+    with pytest.raises(ValueError, match=r"layer 'scale' \(Scale\) has parameters and no reset_parameters"):
+        probe_encoder(encoder, **SMALL)
+    assert not any(layer._forward_hooks for name, layer in encoder.named_modules() if name)
+
+
+WIDER = {"config": [8, "M", 16, 16, "M", 48], "out_channels": [8, 16, 48]}
+
+
+class Scale(nn.Module):
+    """A parameter that nothing can draw anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
 
 
 def test_features_beyond_half_precision_are_refused(vgg_options):
@@ -130,9 +157,6 @@ def test_images_of_another_size_are_named():
 TINY = {"image_size": 32, "grid": 8, "epochs": 2, "batch_size": 8, "limit_train": 25, "limit_test": 10}
 
 
-CONTEXT = "dead_leaves (50 px)"  # what the small VGG needs around 32 px
-
-
 @pytest.fixture(scope="module")
 def several():
     """Every kind of readout, two seeds, two untrained twins and the context control in one run."""
@@ -146,9 +170,9 @@ def test_one_more_readout_or_seed_changes_no_result(several):
     alone = probe_encoder(small_vgg(), readouts=[Readout(stages="f1+f3")], untrained=0, context=True, **TINY)
     for target in ("H", "G", "VS"):
         for stages in ("f1+f3", "rgb"):
-            expected = value(alone, CONTEXT, target, stages=stages, padding="zeros")
+            expected = value(alone, "dead_leaves", target, stages=stages, padding="zeros")
             same = {"stages": stages, "readout": "posenet", "kernel_size": 3, "depth": 1, "seed": 0}
-            assert value(several, CONTEXT, target, run="vgg-random-zeros", **same) == expected
+            assert value(several, "dead_leaves", target, run="vgg-random-zeros", **same) == expected
 
 
 def test_every_variant_is_there_with_its_control_and_nothing_twice(several):
@@ -161,7 +185,7 @@ def test_every_variant_is_there_with_its_control_and_nothing_twice(several):
     )
     paper = ("posenet", 3, 1, 0)
     expected = {(*paper, stages) for stages in ("all", "f1", "f2", "f3", "f1+f3", "rgb")}
-    others = [("posenet", 1, 1, 0), ("posenet, paper scale", 5, 1, 0), ("posenet", 3, 2, 1)]
+    others = [("posenet", 1, 1, 0), ("posenet", 5, 1, 0), ("posenet", 3, 2, 1)]
     assert found == expected | {(*other, stages) for other in others for stages in ("all", "rgb")}
     ridge = rows[(rows.readout == "ridge") & (rows.metric == "spc")]
     assert set(ridge.seed) == {0}  # there is nothing random in it
@@ -174,46 +198,51 @@ def test_delta_is_the_difference_from_the_mean_twin(several):
         for stages in ("all", "f2"):
             mine = {"stages": stages, **same, "run": "vgg-random-zeros", "seed": 1}
             twins = [
-                value(several, CONTEXT, target, stages=stages, **same, run="vgg-untrained-zeros", seed=seed)
+                value(
+                    several, "dead_leaves", target, stages=stages, **same, run=f"vgg-random-zeros-untrained-seed{seed}"
+                )
                 for seed in (0, 1)
             ]
-            delta = value(several, CONTEXT, target, "delta", **mine)
-            expected = value(several, CONTEXT, target, **mine) - sum(twins) / 2
+            delta = value(several, "dead_leaves", target, "delta", **mine)
+            expected = value(several, "dead_leaves", target, **mine) - sum(twins) / 2
             assert delta == pytest.approx(expected, abs=1e-6)
     rgb = several.rows[(several.rows.metric == "delta") & (several.rows.stages == "rgb")]
     assert rgb.empty  # the image alone has no encoder
-    twin_rows = several.rows[several.rows.run == "vgg-untrained-zeros"]
+    twin_rows = several.rows[several.rows.run.str.startswith("vgg-random-zeros-untrained-")]
     assert set(twin_rows.weights) == set(twin_rows.task) == {"untrained"}
     assert twins[0] != twins[1]
 
 
 def test_selectivity_is_what_a_readout_gets_right_beyond_a_permuted_target(several):
-    rows = several.rows[(several.rows.run == "vgg-random-zeros") & (several.rows.stimulus == CONTEXT)]
+    rows = several.rows[(several.rows.run == "vgg-random-zeros") & (several.rows.stimulus == "dead_leaves")]
     spc = rows[(rows.metric == "spc") & (rows.stages == "all")].value
     selectivity = rows[(rows.metric == "selectivity") & (rows.stages == "all")].value
     assert len(spc) == len(selectivity)
     ridge = {"readout": "ridge", "run": "vgg-random-zeros"}
-    chosen = [value(several, CONTEXT, "H", metric, **ridge) for metric in ("spc", "selectivity")]
+    chosen = [value(several, "dead_leaves", "H", metric, **ridge) for metric in ("spc", "selectivity")]
     assert chosen[0] > 0.4
     assert chosen[1] > 0.3
 
 
 def test_with_real_context_the_unpadded_encoder_reads_no_position(several):
-    run = {"run": "vgg-random-valid+context", "padding": "valid+context"}
+    run = {"run": "vgg-random-zeros-context", "padding": "valid"}
     for target in ("H", "V", "G"):
-        assert abs(value(several, CONTEXT, target, readout="ridge", **run)) < 0.2
-        assert value(several, CONTEXT, target, readout="ridge", run="vgg-random-zeros") > 0.35
-    assert value(several, "black (50 px)", "H", "constant", readout="ridge", **run) == 1
+        assert abs(value(several, "dead_leaves", target, readout="ridge", **run)) < 0.2
+        assert value(several, "dead_leaves", target, readout="ridge", run="vgg-random-zeros") > 0.35
+    assert value(several, "black", "H", "constant", readout="ridge", **run) == 1
 
 
 def test_eta_squared_needs_no_readout_and_finds_the_padding(several):
     eta2 = {
-        run: value(several, CONTEXT, "", "eta2", run=run) for run in ("vgg-random-zeros", "vgg-random-valid+context")
+        run: value(several, "dead_leaves", "", "eta2", run=run)
+        for run in ("vgg-random-zeros", "vgg-random-zeros-context")
     }
     assert eta2["vgg-random-zeros"] > 0.1
-    assert abs(eta2["vgg-random-valid+context"]) < 0.05
-    cells = several.maps[f"vgg-random-zeros/{CONTEXT}/f3/eta2"]
-    assert cells.mean() == pytest.approx(value(several, CONTEXT, "", "eta2", "f3", run="vgg-random-zeros"), abs=1e-6)
+    assert abs(eta2["vgg-random-zeros-context"]) < 0.05
+    cells = several.maps["vgg-random-zeros/dead_leaves/f3/eta2"]
+    assert cells.mean() == pytest.approx(
+        value(several, "dead_leaves", "", "eta2", "f3", run="vgg-random-zeros"), abs=1e-6
+    )
     reach = [value(several, "", "", "reach", f"f{i}", run="vgg-random-zeros") for i in (1, 2, 3)]
     assert 0 < reach[0] < reach[1] < reach[2] <= 1
 
@@ -224,13 +253,62 @@ def test_the_border_profile_is_tidy_and_adds_up(several):
     assert not profile.duplicated(
         ["run", "seed", "readout", "stages", "stimulus", "target", "metric", "distance"]
     ).any()
-    mine = profile[(profile.run == "vgg-random-zeros") & (profile.stimulus == CONTEXT)]
+    mine = profile[(profile.run == "vgg-random-zeros") & (profile.stimulus == "dead_leaves")]
     mae = mine[(mine.metric == "mae") & (mine.target == "H")].sort_values("distance")
     assert mae.distance.tolist() == [2.0, 6.0, 10.0, 14.0]
     pixels = torch.tensor([448.0, 320.0, 192.0, 64.0])  # of the rings of 32 x 32
     whole = (torch.tensor(mae.value.tolist()) * pixels).sum() / 1024
     headline = {"readout": "posenet", "kernel_size": 3, "depth": 1, "run": "vgg-random-zeros", "seed": 0}
-    assert whole == pytest.approx(value(several, CONTEXT, "H", "mae", **headline), abs=1e-5)
+    assert whole == pytest.approx(value(several, "dead_leaves", "H", "mae", **headline), abs=1e-5)
+
+
+def test_runs_say_what_each_run_is(several):
+    runs = several.runs.set_index("run")
+    assert tuple(several.runs.columns) == RUNS
+    name = "vgg-random-zeros"
+    assert list(runs.index) == [name, f"{name}-context", f"{name}-untrained-seed0", f"{name}-untrained-seed1"]
+    assert set(several.rows.run) == set(several.profile.run) == set(runs.index)
+    untrained = f"{name}-untrained"
+    assert runs.group.tolist() == [name, f"{name}-context", untrained, untrained]
+    assert runs.pair.tolist() == [name, name, untrained, untrained]  # context differs from the main run by padding
+    assert runs.padding.tolist() == ["zeros", "valid", "zeros", "zeros"]
+    assert runs.weights.tolist() == ["random", "random", "untrained", "untrained"]
+    assert runs.seed.tolist() == [0, 0, 0, 1]
+    assert set(runs.image_px) == {32}
+    assert set(runs.source_px) == {50}  # what the small VGG needs around 32 px
+    assert runs.shown_px.tolist() == [32, 50, 32, 32]
+    assert set(runs.n_train) == {25}
+    for how in runs.how:
+        assert re.search(rf"on .* with torch {re.escape(torch.__version__)}, \d{{4}}-\d\d-\d\d, in \d+ (s|min)", how)
+    assert set(several.rows.stimulus) == {"dead_leaves", "black", "white", "noise", ""}
+    assert {key.split("/")[0] for key in several.maps} == {name, f"{name}-context"}
+
+
+def test_an_untrained_network_scores_the_same_as_a_module_and_by_name():
+    options = {**TINY, "image_size": 64, "targets": ["H"]}
+    module = load_encoder("timm:resnet10t")
+    before = {key: values.clone() for key, values in module.state_dict().items()}
+    by_name = probe_encoder("timm:resnet10t", **options)
+    as_module = probe_encoder(module, settle=True, labels={"weights": "whatever"}, **options)
+    assert by_name.rows.value.tolist() == as_module.rows.value.tolist()
+    assert all(torch.equal(before[key], values) for key, values in module.state_dict().items())
+    as_it_is = probe_encoder(module, untrained=0, labels={"weights": "untrained"}, **options)
+    assert as_it_is.rows.value.tolist() != by_name.rows.value.tolist()  # a label changes no measurement
+    assert "delta" not in set(by_name.rows.metric)
+
+
+def test_two_equal_probes_give_equal_tables_whatever_their_time():
+    probes = [probe_encoder(small_vgg(), untrained=1, targets=["H"], **TINY) for _ in range(2)]
+    for name in ("rows", "profile"):
+        pd.testing.assert_frame_equal(getattr(probes[0], name), getattr(probes[1], name))
+
+
+def test_options_come_in_one_object_or_by_name():
+    options = ProbeOptions(targets=["H"], untrained=0, **{**TINY, "epochs": 1})
+    together = probe_encoder(small_vgg(), options=options, epochs=2)
+    apart = probe_encoder(small_vgg(), targets=["H"], untrained=0, **TINY)
+    assert together.rows.value.tolist() == apart.rows.value.tolist()
+    assert options.epochs == 1
 
 
 def test_an_untrained_encoder_is_its_own_twin():
@@ -336,8 +414,51 @@ def test_a_deep_untrained_residual_network_does_not_explode():
     assert value(results, "dead_leaves", "", "eta2") > 0.01
 
 
-def test_controls_are_named_after_what_they_change():
-    labels = {"run": "vgg16-vgg16-zeros", "weights": "vgg16", "padding": "zeros"}
-    assert _relabel(labels, "weights", "untrained")["run"] == "vgg16-untrained-zeros"
-    assert _relabel(labels, "padding", "valid+context")["run"] == "vgg16-vgg16-valid+context"
-    assert _relabel({"run": ""}, "weights", "untrained") == {"run": "untrained", "weights": "untrained"}
+def test_what_a_probe_checks_beforehand_draws_no_random_number(vgg_options):
+    """A data set that draws gives the images that it would have given, and the caller's random state is its own."""
+
+    class Drawing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            drawn.append(torch.rand(()).item())
+            return torch.rand(3, 32, 32)
+
+    def twin(seed):
+        torch.rand(5)
+        return load_encoder("smp:vgg11", options=vgg_options, seed=seed)
+
+    drawn: list[float] = []
+    torch.manual_seed(0)
+    next(iter(torch.utils.data.DataLoader(Drawing(), 8)))
+    expected = drawn.copy()
+    drawn.clear()
+    torch.manual_seed(0)
+    small = {"image_size": 32, "grid": 8, "epochs": 1, "untrained": 1, "targets": ["H"], "twin": twin}
+    probe_encoder(load_encoder("smp:vgg11", options=vgg_options), Drawing(), {}, **small)
+    assert drawn[1:9] == expected  # the first draw is the check's
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": ["features.3", "features.3"]}, "expected each layer once"),
+        ({"seeds": None}, "seeds is None; expected a list"),
+        ({"targets": ["Z"]}, "unknown target 'Z'"),
+        ({"train": ""}, "the name of the image folder is empty"),
+        ({"save_to": "."}, "save_to is the folder"),
+    ],
+)
+def test_what_cannot_work_is_refused(vgg_options, changes, message):
+    encoder = load_encoder("smp:vgg11", options=vgg_options)
+    with pytest.raises(ValueError, match=message):
+        probe_encoder(encoder, **{**SMALL, "untrained": 0, **changes})
+
+
+def test_a_name_may_be_any_object(vgg_options):
+    encoder = load_encoder("smp:vgg11", options=vgg_options)
+    small = {**SMALL, "epochs": 1, "limit_train": 8, "untrained": 0, "targets": ["H"]}
+    results = probe_encoder(encoder, test={1: "black"}, labels={"run": 5}, **small)
+    assert set(results.rows.run) == {"5"}
+    assert "5/1/H/error" in results.maps

@@ -1,19 +1,23 @@
+import dataclasses
+
 import torch
 from lightning.fabric import Fabric
 from torch import nn
 
 from padprobe.network.tap import align
 from padprobe.probe.features import FeatureCache, FeatureReader
+from padprobe.probe.options import ProbeOptions
+from padprobe.probe.plan import make_plan
 
 CPU = torch.device("cpu")
 
 
-def read(encoder, images, batch_size=4, **options):
-    arguments = {"grid": 6, "image_size": 16, "shown": 16, "sides": None, "normalize": False, "workers": 0, **options}
-    fabric = Fabric(accelerator="cpu", devices=1)
-    with FeatureReader(encoder, ["0", "1"], batch_size=batch_size, fabric=fabric, **arguments) as reader:
-        parts = list(reader.batches(images, "", None))
-    return reader, torch.cat([index for index, _ in parts]), torch.cat([features for _, features in parts])
+def read(encoder, images, source_px=16, unpadded=False, sides=(16, 8)):
+    options = ProbeOptions(grid=6, image_size=16, batch_size=4, stages=["0", "1"])
+    plan = dataclasses.replace(make_plan(encoder, options), source_px=source_px, unpadded=unpadded, sides=sides)
+    with FeatureReader(encoder, plan, Fabric(accelerator="cpu", devices=1)) as reader:
+        batches = list(reader.batches(images, ""))
+    return plan, torch.cat([index for index, _ in batches]), torch.cat([features for _, features in batches])
 
 
 def small_encoder():
@@ -24,10 +28,10 @@ def small_encoder():
 def test_features_are_the_aligned_stages_and_the_image_in_their_channels():
     encoder = small_encoder()
     images = torch.rand(6, 3, 16, 16)
-    reader, index, features = read(encoder, images)
+    plan, index, features = read(encoder, images)
     assert index.tolist() == list(range(6))
-    assert reader.channels == {"f1": slice(0, 4), "f2": slice(4, 9), "rgb": slice(9, 12)}
-    assert reader.width == 12
+    assert plan.channels == {"f1": slice(0, 4), "f2": slice(4, 9), "rgb": slice(9, 12)}
+    assert plan.width == 12
     with torch.no_grad():
         first = encoder[0](images)
         assert torch.allclose(features[:, :4], align(first, 6), atol=1e-6)
@@ -50,8 +54,8 @@ def test_with_context_a_padded_encoder_sees_the_centre_and_an_unpadded_one_all()
     encoder = small_encoder()
     encoder[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]) if not args[0].is_meta else None)
     images = torch.rand(2, 3, 24, 24)
-    _, _, padded = read(encoder, images, shown=24)
-    _, _, unpadded = read(encoder, images, shown=24, sides=[16, 8])
+    _, _, padded = read(encoder, images, source_px=24)
+    _, _, unpadded = read(encoder, images, source_px=24, unpadded=True)
     assert torch.equal(seen[0], images[..., 4:20, 4:20])
     assert torch.equal(seen[1], images)
     assert torch.equal(padded[:, 9:], unpadded[:, 9:])  # the control sees the centre either way
