@@ -1,1 +1,1 @@
-"""What to train, what to probe, what to compare: a YAML's cells, each run once, and the results of all."""
+"""A study: encoders that a YAML lists are trained, probed and compared; each cell is run once."""

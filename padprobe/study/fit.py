@@ -46,21 +46,20 @@ class _CLI(LightningCLI):
     def _check_resumed(self, folder: Path) -> None:
         """Raises ValueError unless the options resume the run whose checkpoints are in ``folder``."""
         resumed, last = self._get(self.config, "ckpt_path"), folder / "last.ckpt"
+        otherwise = "or name this run differently with --run"
         if not resumed:
             raise ValueError(
-                f"{str(folder)!r} has checkpoints of an earlier run: resume it with --ckpt_path last, or name this run "
-                "differently with --run"
+                f"{str(folder)!r} has checkpoints of an earlier run: resume it with --ckpt_path last, {otherwise}"
             )
-        if resumed != "last" or not last.is_file():
-            return
-        earlier = torch.load(last, map_location="cpu", weights_only=True).get("hyper_parameters", {})
-        now = self.model.hparams
-        for key in now.keys() & earlier.keys():
-            if now[key] != earlier[key]:
-                raise ValueError(
-                    f"{str(last)!r} is of a run with {key} {earlier[key]!r}, and now it is {now[key]!r}: resume it "
-                    "with the same options, or name this run differently with --run"
-                )
+        if resumed == "last" and last.is_file():
+            earlier = torch.load(last, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+            now = self.model.hparams
+            for key in now.keys() & earlier.keys():
+                if now[key] != earlier[key]:
+                    raise ValueError(
+                        f"{str(last)!r} is of a run with {key} {earlier[key]!r}, and now it is {now[key]!r}: resume it "
+                        f"with the same options, {otherwise}"
+                    )
 
 
 def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> LightningCLI:
@@ -72,12 +71,11 @@ def lightning_cli(args: Sequence[str], run: bool = True, callbacks: Sequence[Cal
             raises ``jsonargparse.ArgumentError`` instead of ending the program.
         callbacks: added to the callbacks of the config.
     """
-    defaults: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
     return _CLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
-        trainer_defaults=defaults,
+        trainer_defaults={"callbacks": list(callbacks)} if callbacks else {},
         save_config_kwargs={"overwrite": True},
         parser_kwargs={} if run else {"exit_on_error": False},
         args=list(args),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import os
-import shlex
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,92 +22,97 @@ from torch.utils.data import Dataset
 
 from padprobe.callbacks.position_probe import PositionProbeCallback
 from padprobe.maps import position_maps
-from padprobe.network.encoders import find_encoder, load_encoder
+from padprobe.network.encoders import find_encoder, load_encoder, weights_label
 from padprobe.network.padding import padding_of
 from padprobe.network.stages import choose_layers
 from padprobe.network.trace import stage_shapes
 from padprobe.probe.encoder import probe_encoder
 from padprobe.probe.features import Progress
 from padprobe.results import Results, write_text
-from padprobe.stimuli import Images, load_images
-from padprobe.study.estimate import seconds_to_run
-from padprobe.study.folder import error_log, load_results, readouts_left, save_part, scores_folder, write_plan
-from padprobe.study.plan import PROBE, Cell, Planned, Study
+from padprobe.stimuli import load_images
+from padprobe.study.cell import Cell, Planned
+from padprobe.study.folder import (
+    error_log,
+    load_results,
+    readouts_left,
+    save_part,
+    scores_folder,
+    seconds_taken,
+    write_plan,
+)
+from padprobe.study.plan import Study
 from padprobe.study.training import build, score, trained
 
-Say = Callable[[str], None]
 
+def run_study(study: Study, out: str | Path, progress: Progress, say: Callable[[str], None]) -> tuple[Results, int]:
+    """Runs every chosen cell that is not finished, and joins the results of all.
 
-def run_study(study: Study, out: str | Path, progress: Progress, say: Say) -> tuple[Results, int]:
-    """Runs every cell of a study that has not been run, and joins the results of all.
-
-    What a cell finds lies in ``out/cells/NAME``, under the keys that tell its results from others: a finished cell is
-    not run again, and of a changed one only what the change changes. A cell that fails leaves its ``error.log`` there,
-    and the others go on. Everything that can be checked is checked before the first training.
+    A cell's results lie in ``out/cells/NAME``, in folders named by the keys of everything that determines them. So a
+    finished cell is not run again, and after a change only what it affects. A cell that fails leaves an ``error.log``
+    there, and the other cells run. Everything that can be checked is checked before the first training.
 
     Args:
         study: see :func:`~padprobe.study.plan.read_study`.
-        out: folder of all results; ``results.csv`` of the joined ones.
-        progress: called with (what runs, steps done, steps in all).
-        say: called with a line for every cell that ends and for every thing that is missing.
+        out: the folder of all results; the joined ones are saved in it.
+        progress: called with (what runs, steps done, steps in total).
+        say: called with one line per finished cell and per missing data set.
 
     Returns:
         The joined results and the number of cells that failed.
 
     Raises:
-        ValueError: for a bad config, encoder or image folder, by name.
+        ValueError: naming the cell, and the bad config, encoder or image folder.
     """
     out = Path(out)
     write_plan(study, out)
-    for line in study.missing.values():
-        say(f"missing: {line}")
+    for why in study.missing.values():
+        say(f"missing: {why}")
+    failed = []
     with _quiet():
-        todo = [planned for planned in study.chosen if not _done(planned, out)]
-        failed = []
-        for planned in todo:
-            progress(f"checking {planned.name}", 0, 1)
+        for planned in study.chosen:
             try:
-                _check(planned.cell, out / "cells" / planned.folder)
-            except OSError as error:  # weights that cannot be fetched: the others need not wait
+                if not _done(planned, out):
+                    progress(f"checking {planned.name}", 0, 1)
+                    _check(planned.cell, out / "cells" / planned.folder)
+            except OSError as error:  # weights that cannot be downloaded; the other cells need not wait for them
                 failed.append(planned)
-                _tell(planned, out, error, say)
+                _report_failure(planned, out, error, say)
             except Exception as error:
                 raise ValueError(f"encoder {planned.name!r}: {error}") from error
         for i, planned in enumerate(study.chosen):
-            place = f"{i + 1}/{len(study.chosen)} {planned.name}"
-            log = error_log(planned, out)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            if planned in failed:
-                continue
-            try:
-                with FileLock(log.with_name("lock"), timeout=0):  # released where its process ends, however it does
-                    before = _done(planned, out)
-                    if not before:
-                        _run(planned, out, functools.partial(_at, place, progress))
-            except Timeout:
-                say(f"{place}: left to another process, which runs it")
-                continue
-            except Exception as error:
+            if planned not in failed and not _run_once(planned, out, f"{i + 1}/{len(study.chosen)}", progress, say):
                 failed.append(planned)
-                _tell(planned, out, error, say)
-                continue
-            log.unlink(missing_ok=True)
-            say(f"{place}: done" + " before" * before)
     results = load_results(out)
     results.save(out)
     return results, len(failed)
 
 
-def _tell(planned: Planned, out: Path, error: Exception, say: Say) -> None:
-    """Writes down why a cell failed; called where its exception is handled."""
+def _run_once(planned: Planned, out: Path, count: str, progress: Progress, say: Callable[[str], None]) -> bool:
+    """Runs a cell unless it is finished or another process runs it; returns False if it failed."""
+    place, log = f"{count} {planned.name}", error_log(planned, out)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(log.with_name("lock"), timeout=0):  # the system releases it when the process ends, even if killed
+            before = _done(planned, out)
+            if not before:
+                _run(planned, out, lambda what, done, total: progress(f"{place}: {what}", done, total))
+    except Timeout:
+        say(f"{place}: another process is running it")
+        return True
+    except Exception as error:
+        _report_failure(planned, out, error, say)
+        return False
+    log.unlink(missing_ok=True)
+    say(f"{place}: done" + " before" * before)
+    return True
+
+
+def _report_failure(planned: Planned, out: Path, error: Exception, say: Callable[[str], None]) -> None:
+    """Writes a cell's error.log; called while its exception is handled."""
     log = error_log(planned, out)
     log.parent.mkdir(parents=True, exist_ok=True)
     write_text(log, traceback.format_exc())
     say(f"{planned.name}: FAILED: {error} (see {log})")
-
-
-def _at(place: str, progress: Progress, what: str, done: int, total: int) -> None:
-    progress(f"{place}: {what}", done, total)
 
 
 def _done(planned: Planned, out: Path) -> bool:
@@ -115,15 +120,20 @@ def _done(planned: Planned, out: Path) -> bool:
     return scored and not readouts_left(planned, out)
 
 
-def _check(cell: Cell, folder: Path) -> nn.Module:
-    """Builds what the cell will train or load and reads its images; the encoder, untrained."""
+def _check(cell: Cell, folder: Path) -> None:
+    """Builds what the cell will train or load, and opens its images.
+
+    Raises:
+        ValueError: for what cannot work.
+        OSError: for weights that cannot be downloaded.
+    """
     if cell.fit:
         if not Path(cell.fit).is_file():
             raise ValueError(f"no config {cell.fit!r}")
-        if cell.options or cell.weights != "untrained" or cell.padding != "zeros":
+        if cell.options or cell.weights != "untrained":
             raise ValueError(
-                "options, weights and padding are for encoders that are loaded; say them of a training as overrides, "
-                "such as {model.init_args.encoder_padding: valid}"
+                "`options` and `weights` are for encoders that are loaded. For a training state them as overrides, "
+                "such as {model.init_args.encoder_weights: imagenet}"
             )
         for overrides in ({}, *cell.scores.values()):
             cli = build(cell, folder, overrides)
@@ -132,30 +142,22 @@ def _check(cell: Cell, folder: Path) -> nn.Module:
             if isinstance(callback, PositionProbeCallback):
                 callback.resolve(cli.model)
     else:
-        encoder = load_encoder(cell.encoder, cell.weights, cell.padding, cell.seeds[0], cell.options)
+        encoder = _load(cell, cell.weights, cell.seeds[0])
     stage_shapes(encoder, choose_layers(encoder, cell.stages, cell.image_size), cell.image_size)
     position_maps(cell.image_size, cell.targets)
-    for given in _given(cell):
-        _images(*given)
-    return encoder
-
-
-def _given(cell: Cell) -> list[tuple[str, int, int | None]]:
-    """The cell's images, for training and for each test: their source as JSON, their size and limit."""
-    sources = [(cell.train, cell.limit_train), *((source, cell.limit_test) for source in cell.test.values())]
-    return [(json.dumps(source), cell.image_size, limit) for source, limit in sources]
+    _open_images(json.dumps(cell.train), cell.image_size, cell.limit_train)
+    for images in cell.test.values():
+        _open_images(json.dumps(images), cell.image_size, cell.limit_test)
 
 
 @functools.cache
-def _images(source: str, image_size: int, limit: int | None) -> Images:
-    """A cell's images, as JSON, checked: each is opened once for all cells."""
-    return load_images(_source(source), image_size, limit)
+def _open_images(source: str, image_size: int, limit: int | None) -> None:
+    """Checks images, given as JSON: once for all cells."""
+    load_images(_images(json.loads(source)), image_size, limit)
 
 
-@functools.cache
-def _source(source: str) -> Any:
-    """What :func:`~padprobe.stimuli.load_images` takes, of its JSON: a data set by ``class_path`` is made."""
-    value = json.loads(source)
+def _images(value: Any) -> Any:
+    """What :func:`~padprobe.stimuli.load_images` takes; a data set by ``class_path`` is created."""
     if isinstance(value, str):
         return value
     parser = ArgumentParser(exit_on_error=False)
@@ -164,16 +166,18 @@ def _source(source: str) -> Any:
 
 
 def _run(planned: Planned, out: Path, progress: Progress) -> None:
-    """Trains (or loads), scores and probes one encoder, as far as it has not been done."""
-    cell = planned.cell
-    scores = scores_folder(planned, out)
+    """Trains (or loads), scores and probes one encoder, as far as that is not done."""
+    begun, cell, scores = time.perf_counter(), planned.cell, scores_folder(planned, out)
     labels: dict[str, Any] = {
         "run": planned.name,
+        "group": planned.group,
+        "pair": cell.pair,
         "encoder": cell.encoder,
-        "weights": "trained" if cell.fit or cell.encoder.endswith(".ckpt") else Path(cell.weights).stem,
+        "weights": "trained" if cell.trained else weights_label(cell.weights),
         "task": cell.task,
-        "seed": cell.seeds[0],
     }
+    if len(cell.seeds) == 1:  # otherwise the readouts' seeds
+        labels["seed"] = cell.seeds[0]
     if cell.fit:
         folder = out / "cells" / planned.folder / f"training-{planned.training_key}"
         model = trained(cell, folder, progress)
@@ -182,19 +186,15 @@ def _run(planned: Planned, out: Path, progress: Progress) -> None:
         if not (scores / "results.csv").is_file():
             score(model, cell, folder, labels, progress).save(scores)
     else:
-        encoder = load_encoder(cell.encoder, cell.weights, cell.padding, cell.seeds[0], cell.options)
-        if len(cell.seeds) > 1:
-            del labels["seed"]  # the readouts'
+        encoder = _load(cell, cell.weights, cell.seeds[0])
     readouts = readouts_left(planned, out)
     if readouts:
-        begun = time.perf_counter()
         results = probe_encoder(
             encoder,
-            _source(json.dumps(cell.train)),
-            {name: _source(json.dumps(source)) for name, source in cell.test.items()},
-            readouts=readouts,
-            untrained=0,  # a study lists its own
-            **{option: getattr(cell, option) for option in PROBE},
+            _images(cell.train),
+            {name: _images(images) for name, images in cell.test.items()},
+            dataclasses.replace(cell, readouts=readouts),
+            twin=None if cell.trained else functools.partial(_load, cell, "untrained"),
             cache_dir=out,
             labels=labels,
             progress=progress,
@@ -202,63 +202,51 @@ def _run(planned: Planned, out: Path, progress: Progress) -> None:
         save_part(results, planned, out, readouts, time.perf_counter() - begun)
 
 
-def print_commands(study: Study, out: str | Path, options: Sequence[str]) -> Iterator[str]:
-    """A command for every cell that has not been run, for machines that share the folder ``out``.
-
-    Args:
-        study: see :func:`~padprobe.study.plan.read_study`.
-        out: folder of all results.
-        options: of ``padprobe study``, its YAML first.
-    """
-    for planned in study.chosen:
-        if not _done(planned, Path(out)):
-            yield shlex.join(["padprobe", "study", *options, "--only", planned.name])
+def _load(cell: Cell, weights: str, seed: int) -> nn.Module:
+    return load_encoder(cell.encoder, weights, cell.padding, seed, cell.options)
 
 
 def dry_run(study: Study, out: str | Path) -> Iterator[str]:
-    """What a study would do: a line for every cell, with an estimate of its time, and for every thing that is missing.
+    """What a study would do: one line per cell, done or to do, and one per missing data set.
 
-    The estimates are measured here and now, see :func:`~padprobe.study.estimate.seconds_to_run`.
+    Each cell to do is checked. A finished cell with the same encoder and training, if there is one, says how long it
+    may take.
     """
-    total = 0.0
+    out = Path(out)
+    finished = [planned for planned in study.cells if _done(planned, out)]
     with _quiet():
         for planned in study.chosen:
-            if _done(planned, Path(out)):
-                yield f"{planned.name}: done before"
+            if planned in finished:
+                yield f"{planned.name}: done, {_took(planned, out)}"
                 continue
-            cell, left = planned.cell, readouts_left(planned, Path(out))
             try:
-                encoder = _check(cell, Path(out) / "cells" / planned.folder)
-            except (OSError, ValueError) as error:
-                yield f"{planned.name}: cannot run: {error}"
+                _check(planned.cell, out / "cells" / planned.folder)
+            except Exception as error:
+                yield f"{planned.name}: cannot run: {' '.join(str(error).split())}"
                 continue
-            layers = choose_layers(encoder, cell.stages, cell.image_size)
-            train, *test = (len(_images(*given)) for given in _given(cell))
-            seconds = seconds_to_run(cell, left, layers, (train, sum(test)))
-            total += seconds
-            yield f"{planned.name}: about {_duration(seconds)}"
-    yield f"in all about {_duration(total)}"
-    for line in study.missing.values():
-        yield f"missing: {line}"
+            trains_alike = (other for other in finished if other.cell.fit == planned.cell.fit)
+            alike = next((other for other in trains_alike if other.cell.encoder == planned.cell.encoder), None)
+            yield f"{planned.name}: to do" + (f"; {alike.name} {_took(alike, out)}" if alike else "")
+    for why in study.missing.values():
+        yield f"missing: {why}"
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(minutes, 1)} min"
+def _took(planned: Planned, out: Path) -> str:
+    minutes = max(round(seconds_taken(planned, out) / 60), 1)
+    return f"took {minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"took {minutes} min"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While open, Lightning's notes about devices, data loaders and folders stay away from the progress display."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Keeps Lightning's notes about devices, data loaders and folders out of the progress display."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning.*")
+            for logger in levels:
+                logger.setLevel(logging.ERROR)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

@@ -9,12 +9,20 @@ import numpy as np
 import pandas as pd
 
 from padprobe.maps import position_maps
-from padprobe.results import COLUMNS, Results
+from padprobe.results import COLUMNS, RUNS, Results
 
 TARGETS = ("H", "V", "G", "HS")
 
 
-def probed(run, encoder, weights, task, padding, spc, seed=0, stimuli=("black", "scenes"), rgb=0.02) -> Results:
+def run_row(run, encoder, weights, task, padding, seed=0, group=None, pair=None, shown_px=96) -> pd.DataFrame:
+    """A run's line of runs.csv; by default it is a group and a pair of its own, at 96 px."""
+    labels = (run, group or run, pair or run, encoder, weights, task, padding, seed)
+    return pd.DataFrame([(*labels, 96, 96, shown_px, 400, f"how {run} was made")], columns=list(RUNS))
+
+
+def probed(
+    run, encoder, weights, task, padding, spc, seed=0, stimuli=("black", "scenes"), rgb=0.02, **labels
+) -> Results:
     """One run's readouts, on every stimulus: SPC of target number i is ``spc`` - .001 i."""
     rows, maps = [], {}
     truth = dict(zip(TARGETS, position_maps(8, TARGETS).numpy(), strict=True))
@@ -22,7 +30,8 @@ def probed(run, encoder, weights, task, padding, spc, seed=0, stimuli=("black", 
         n = 1 if stimulus in ("black", "white") else 40
         for stages, level in (("all", spc), ("rgb", rgb)):
             for i, target in enumerate(TARGETS):
-                place = (run, encoder, weights, task, padding, seed, "posenet", 3, 1, 0, stages, stimulus, target)
+                readout = ("posenet", 3, 1, 0, "unit", stages)
+                place = (run, encoder, weights, task, padding, seed, *readout, stimulus, target)
                 value = level - 0.001 * i
                 low, high = (value - 0.01, value + 0.01) if n > 1 else (np.nan, np.nan)
                 rows += [
@@ -35,7 +44,8 @@ def probed(run, encoder, weights, task, padding, spc, seed=0, stimuli=("black", 
                     prediction = (level * truth[target] + (1 - level) / 2).astype(np.float32)
                     maps[f"{run}/{stimulus}/{target}/prediction"] = prediction
                     maps[f"{run}/{stimulus}/{target}/error"] = np.abs(prediction - truth[target])
-    return Results(pd.DataFrame(rows, columns=list(COLUMNS)), maps=maps)
+    runs = run_row(run, encoder, weights, task, padding, seed, **labels)
+    return Results(pd.DataFrame(rows, columns=list(COLUMNS)), runs=runs, maps=maps)
 
 
 class Page(HTMLParser):

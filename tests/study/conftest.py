@@ -64,9 +64,9 @@ def edit(path, change):
 
 
 def run(path, out, **options):
-    said = []
-    results, failed = run_study(read_study(path, **options), out, lambda *args: None, said.append)
-    return results, failed, said
+    messages = []
+    results, failed = run_study(read_study(path, **options), out, lambda *args: None, messages.append)
+    return results, failed, messages
 
 
 class Breaks(Callback):

@@ -1,6 +1,8 @@
+import datetime
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -9,43 +11,53 @@ from urllib.error import URLError
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 
 from padprobe.network.encoders import load_encoder
+from padprobe.probe.encoder import probe_encoder
 from padprobe.results import Results
 from padprobe.study import runner
-from padprobe.study.folder import load_results
+from padprobe.study.folder import join_folders, load_results
 from padprobe.study.plan import read_study
-from padprobe.study.runner import dry_run, print_commands
-from tests.study.conftest import edit, run, write
+from padprobe.study.runner import dry_run
+from tests.study.conftest import OPTIONS, edit, run, write
 
 
 def test_a_study_trains_probes_scores_and_runs_each_cell_once(study, tmp_path):
     out = tmp_path / "out"
-    results, failed, said = run(study, out)
+    results, failed, messages = run(study, out)
     assert failed == 0
     rows = results.rows
     assert set(rows.run) == {"untrained-valid", "sod-valid"}
     assert set(rows.padding) == {"valid"}
     assert set(rows[rows.run == "sod-valid"].weights) == {"trained"}
-    of_task = {"max F-measure", "mean F-measure", "adaptive F-measure", "MAE"}
-    alone = {f"{metric}, position alone" for metric in of_task}
-    assert set(rows[rows.readout == ""].metric) == of_task | alone | {"S-measure", "max E-measure"}
+    scores = rows[rows.readout == ""]
+    assert {"max F-measure", "MAE", "S-measure", "max E-measure"} <= set(scores[scores.stages == ""].metric)
+    assert {"max F-measure", "MAE"} <= set(scores[scores.stages == "position alone"].metric)
+    assert set(scores.stages) == {"", "position alone"}
+    assert set(scores.target) == set(scores.scale) == {""}
+    runs = results.runs.set_index("run")
+    assert runs.index.tolist() == ["untrained-valid", "sod-valid"]
+    assert runs.pair.tolist() == runs.group.tolist() == runs.index.tolist()
+    assert runs.image_px.tolist() == [32, 32]
+    assert "trained by" in runs.how["sod-valid"]
+    assert results.missing.empty
     black = rows[(rows.stimulus == "black") & (rows.metric == "spc")]
     assert black.value.abs().max() < 1e-9
     trajectory = results.trajectory
-    assert set(trajectory.metric) == {"spc", "mae", "nmae", "before", "delta"} | of_task
+    assert {"spc", "mae", "nmae", "before", "delta", "max F-measure", "MAE"} <= set(trajectory.metric)
     assert sorted(trajectory[(trajectory.target == "H") & (trajectory.metric == "spc")].step) == [1, 3]
     assert "sod-valid/scenes/G/error" in results.maps
 
-    again, _, said = run(study, out)
-    assert said == ["1/2 untrained-valid: done before", "2/2 sod-valid: done before"]
+    again, _, messages = run(study, out)
+    assert messages == ["1/2 untrained-valid: done before", "2/2 sod-valid: done before"]
     assert again.rows.equals(Results.load(out).rows)
 
     edit(study, lambda s: s["encoders"]["untrained-valid"].update(padding="zeros"))
-    _, _, said = run(study, out)
-    assert said == ["1/2 untrained-valid: done", "2/2 sod-valid: done before"]
+    _, _, messages = run(study, out)
+    assert messages == ["1/2 untrained-valid: done", "2/2 sod-valid: done before"]
     edit(study, lambda s: s["encoders"]["untrained-valid"].update(padding="valid"))
     assert run(study, out)[0].rows.equals(again.rows)  # what was found under the old options is found again
 
@@ -64,9 +76,9 @@ def test_a_change_reruns_only_what_it_changes(study, tmp_path, monkeypatch):
     calls.clear()
 
     edit(study, lambda s: s["encoders"]["sod-valid"].update(readouts=[{}, {"kernel_size": 1}]))
-    more, _, said = run(study, out)
-    assert said == ["1/2 untrained-valid: done before", "2/2 sod-valid: done"]
-    assert [[r.kernel_size for r in given["readouts"]] for _, given in calls] == [[1]]
+    more, _, messages = run(study, out)
+    assert messages == ["1/2 untrained-valid: done before", "2/2 sod-valid: done"]
+    assert [[r.kernel_size for r in given[3].readouts] for _, given in calls] == [[1]]
     assert set(more.rows[more.rows.run == "sod-valid"].kernel_size.dropna()) == {1, 3}
     old = more.rows[more.rows.kernel_size != 1].reset_index(drop=True)
     pd.testing.assert_frame_equal(old, results.rows, check_dtype=False)
@@ -107,15 +119,15 @@ def test_studies_that_share_a_folder_are_joined(study, tmp_path):
     edit(study, lambda s: s["encoders"].pop("sod-valid"))
     edit(study, lambda s: s["encoders"].update({"b": {**s["encoders"]["untrained-valid"], "padding": "zeros"}}))
     run(study, out)
-    both, _, said = run(other, out)
-    assert said == ["1/1 untrained-valid: done"]
+    both, _, messages = run(other, out)
+    assert messages == ["1/1 untrained-valid: done"]
     assert set(both.rows.run) == {"untrained-valid", "b"}
     again, _, _ = run(study, out)  # of a cell that both have, the readouts of both
     assert set(again.rows.kernel_size.dropna()) == {1, 3}
     # one cell at another scale leaves the others what they are
     scaled, _, _ = run(study, out, only=["b"], changes=["limit_train=10"])
     assert set(scaled.rows.run) == {"untrained-valid", "b"}
-    assert not (scaled.notes.kind == "missing").any()
+    assert scaled.missing.empty
     assert run([study, other], tmp_path / "new")[2] == ["1/2 untrained-valid: done", "2/2 b: done"]
 
 
@@ -124,9 +136,9 @@ def test_a_cell_that_another_process_runs_is_left_to_it(study, tmp_path):
     lock.parent.mkdir(parents=True)
     edit(study, lambda s: s["encoders"].pop("sod-valid"))
     with FileLock(lock):
-        results, failed, said = run(study, tmp_path / "out")
+        results, failed, messages = run(study, tmp_path / "out")
     assert (len(results.rows), failed) == (0, 0)
-    assert said == ["1/1 untrained-valid: left to another process, which runs it"]
+    assert messages == ["1/1 untrained-valid: another process is running it"]
     assert run(study, tmp_path / "out")[2] == ["1/1 untrained-valid: done"]
 
 
@@ -158,7 +170,7 @@ def test_an_encoder_from_a_checkpoint_is_trained(study, tmp_path):
 
 def spy(calls, name, function):
     def called(*args, **kwargs):
-        calls.append((name, kwargs))
+        calls.append((name, args))
         return function(*args, **kwargs)
 
     return called
@@ -180,30 +192,85 @@ def test_the_best_weights_are_scored_and_probed_where_the_config_says_what_is_be
     assert json.loads(record.read_text()) == {"weights": "best.ckpt"}
     edit(study, lambda s: s["encoders"]["sod-valid"]["overrides"].update({"trainer.callbacks": []}))
     last, _, _ = run(study, out)
-    scores = [r.rows[(r.rows.readout == "") & (r.rows.metric == "MAE")].value.item() for r in (best, last)]
-    assert scores[0] != scores[1]
+    rows = [r.rows[(r.rows.readout == "") & (r.rows.metric == "MAE") & (r.rows.stages == "")] for r in (best, last)]
+    assert rows[0].value.item() != rows[1].value.item()
 
 
-def test_cells_can_be_chosen_listed_and_spread_over_machines(study, tmp_path):
+def test_cells_can_be_chosen_listed_and_run_in_any_order(study, tmp_path):
     out, beside = tmp_path / "out", set(os.listdir())
     edit(study, lambda s: s["encoders"].update({"seeds": {**s["encoders"]["untrained-valid"], "seeds": [0, 1]}}))
-    lines = list(dry_run(read_study(study), out))
-    assert [line.split(":")[0] for line in lines[:-1]] == ["untrained-valid", "sod-valid", "seeds-seed0", "seeds-seed1"]
-    assert all("about 1 min" in line for line in lines)
-
-    commands = list(print_commands(read_study(study), out, [str(study), "--out", str(out)]))
-    assert commands[1] == f"padprobe study {study} --out {out} --only sod-valid"
-    for name in ("seeds-seed1", "untrained-*"):  # each in a process of its own, in any order
-        results, _, said = run(study, out, only=[name])
-        assert len(said) == 1
+    names = ["untrained-valid", "sod-valid", "seeds-seed0", "seeds-seed1"]
+    assert list(dry_run(read_study(study), out)) == [f"{name}: to do" for name in names]
+    for name in ("seeds-seed1", "untrained-*"):
+        results, _, messages = run(study, out, only=[name])
+        assert len(messages) == 1
     assert set(results.rows.run) == {"seeds-seed1", "untrained-valid"}
-    assert list(results.notes[results.notes.text == "not run yet"].what) == ["sod-valid", "seeds-seed0"]
-    assert [c.split()[-1] for c in print_commands(read_study(study), out, [])] == ["sod-valid", "seeds-seed0"]
-    assert next(iter(dry_run(read_study(study), out))) == "untrained-valid: done before"
+    assert results.missing.values.tolist() == [["sod-valid", "not run yet"], ["seeds-seed0", "not run yet"]]
+    assert list(dry_run(read_study(study), out)) == [
+        "untrained-valid: done, took 1 min",
+        "sod-valid: to do",
+        "seeds-seed0: to do; untrained-valid took 1 min",
+        "seeds-seed1: done, took 1 min",
+    ]
     whole, _, _ = run(study, out)
-    assert set(whole.rows.run) == {"untrained-valid", "sod-valid", "seeds-seed0", "seeds-seed1"}
+    assert set(whole.rows.run) == set(names)
+    assert whole.runs.set_index("run").group["seeds-seed1"] == "seeds"
     assert load_results(out).rows.equals(Results.load(out).rows)
     assert set(os.listdir()) == beside
+
+
+def test_claims_tables_and_references_stay_with_the_results(study, tmp_path):
+    row = {"label": "untrained", "run": "untrained-valid"}
+    table = {"name": "one", "title": "One", "rows": [row], "columns": [{"label": "black", "stimulus": "black"}]}
+    value = {"run": "untrained-valid", "stimulus": "black", "target": "H"}
+    claim = {"name": "blind", "says": "Without padding nothing is seen on black", "value": value, "equals": 0}
+    reference = {"run": "untrained-valid", "stimulus": "black", "target": "H", "metric": "spc", "value": 0.25}
+    pd.DataFrame([reference]).to_csv(tmp_path / "paper.csv", index=False)
+
+    def state(s):
+        del s["encoders"]["sod-valid"]
+        s.update(title="Blind", tables=[table], claims=[claim], references={"file": "paper.csv", "tolerance": 0.1})
+
+    results, _, _ = run(edit(study, state), tmp_path / "out")
+    for found in (results, load_results(tmp_path / "out"), Results.load(tmp_path / "out")):
+        assert found.about["title"] == "Blind"
+        assert (found.about["tables"], found.about["claims"], found.about["tolerance"]) == ([table], [claim], 0.1)
+        assert found.references.value.tolist() == [0.25]
+        assert found.claims.claim.tolist() == ["blind"]
+
+
+def test_a_pair_is_renamed_without_a_run(study, tmp_path):
+    edit(study, lambda s: s["encoders"].pop("sod-valid"))
+    edit(study, lambda s: s.update(train="noise", test={"black": "black"}, limit_train=8))
+    edit(study, lambda s: s["encoders"]["untrained-valid"].update(context=True, padding="zeros"))
+    run(study, tmp_path / "out")
+    edit(study, lambda s: s["encoders"]["untrained-valid"].update(pair="vgg"))
+    results, _, messages = run(study, tmp_path / "out")
+    assert messages == ["1/1 untrained-valid: done before"]
+    assert results.runs.run.tolist() == ["untrained-valid", "untrained-valid-context"]
+    assert set(results.runs.pair) == {"vgg"}
+
+
+def test_a_file_of_trained_readouts_can_be_probed_with(study, tmp_path):
+    path = tmp_path / "readouts.safetensors"
+    encoder = load_encoder("smp:vgg11", padding="valid", options=OPTIONS)
+    probe_encoder(
+        encoder, "noise", image_size=32, grid=8, epochs=1, limit_train=8, untrained=0, targets=["H"], save_to=path
+    )
+    edit(study, lambda s: s["encoders"].pop("sod-valid"))
+    results, failed, _ = run(edit(study, lambda s: s.update(readouts=str(path))), tmp_path / "out")
+    assert failed == 0
+    assert set(results.rows[results.rows.readout == "posenet"].target) == {"H"}
+    assert run(study, tmp_path / "out")[2] == ["1/1 untrained-valid: done before"]
+
+
+def test_a_folder_of_version_0_1_is_refused(study, tmp_path):
+    plan = tmp_path / "out" / "studies" / "study.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text(json.dumps({"cells": {}, "missing": {}}))
+    for act in (lambda: run(study, tmp_path / "out"), lambda: load_results(tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"by another version of padprobe.*use another --out folder"):
+            act()
 
 
 def test_a_training_that_broke_goes_on_from_its_last_epoch_and_ends_as_one_that_did_not(study, tmp_path):
@@ -224,7 +291,7 @@ def test_a_training_that_broke_goes_on_from_its_last_epoch_and_ends_as_one_that_
     assert failed == 0
     broken, failed, _ = run(edit(study, breaks(False)), tmp_path / "out")
     assert failed == 1
-    assert "failed: RuntimeError: the machine went away" in broken.notes.text.item()
+    assert "failed: RuntimeError: the machine went away" in broken.missing.why.item()
     again, failed, _ = run(study, tmp_path / "out")
     assert failed == 0
     assert (tmp_path / "False.log").read_text().split() == ["0", "1", "2", "2", "3"]
@@ -242,17 +309,17 @@ def test_a_study_that_is_killed_again_and_again_ends_as_one_that_is_not(study, t
     begun = time.perf_counter()
     whole = start(tmp_path / "whole")
     assert (whole.communicate()[1], whole.returncode)[1] == 0
-    duration, rng, said = time.perf_counter() - begun, random.Random(0), ""
+    duration, rng, messages = time.perf_counter() - begun, random.Random(0), ""
     for _ in range(4):
         process = start(tmp_path / "killed")
         time.sleep(duration * rng.uniform(0.3, 0.9))
         process.kill()
-        said += process.communicate()[1]
+        messages += process.communicate()[1]
     process = start(tmp_path / "killed")
-    said += process.communicate()[1]
+    messages += process.communicate()[1]
     assert process.returncode == 0
     for name in ("untrained-valid", "sod-valid"):
-        assert said.count(f"{name}: done\n") <= 1
+        assert messages.count(f"{name}: done\n") <= 1
         (probe,) = (tmp_path / "killed" / "cells" / f"{name}-seed0").glob("probe-*")
         assert len(list(probe.glob("*/results.csv"))) == 1
     for file in ("results.csv", "trajectory.csv", "profile.csv"):
@@ -271,9 +338,9 @@ def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
         s["encoders"] = dict(reversed(list(s["encoders"].items())))
 
     out = tmp_path / "out"
-    results, failed, said = run(edit(study, fail), out)
+    results, failed, messages = run(edit(study, fail), out)
     assert failed == 1
-    assert "FAILED" in said[0]
+    assert "FAILED" in messages[0]
     assert "nothing" in (out / "cells" / "sod-valid-seed0" / "error.log").read_text()
     assert set(results.rows.run) == {"untrained-valid"}
     assert not (out / "cells" / "sod-valid-seed0" / "results.csv").exists()
@@ -293,12 +360,12 @@ def test_weights_that_cannot_be_fetched_fail_their_own_cell_alone(study, tmp_pat
 
     lines = list(dry_run(read_study(edit(study, need_network)), tmp_path / "out"))
     assert lines[0] == "far: cannot run: <urlopen error no network>"
-    assert lines[1].startswith("untrained-valid: about")
-    results, failed, said = run(study, tmp_path / "out")
+    assert lines[1] == "untrained-valid: to do"
+    results, failed, messages = run(study, tmp_path / "out")
     assert failed == 1
-    assert said[0].startswith("far: FAILED: <urlopen error no network>")
+    assert messages[0].startswith("far: FAILED: <urlopen error no network>")
     assert set(results.rows.run) == {"untrained-valid"}
-    assert list(results.notes[results.notes.kind == "missing"].what) == ["far"]
+    assert list(results.missing.what) == ["far"]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +381,8 @@ def test_weights_that_cannot_be_fetched_fail_their_own_cell_alone(study, tmp_pat
         (lambda s: s["encoders"]["sod-valid"]["overrides"].update({"model.init_args.pading": "x"}), "pading"),
         (lambda s: s["test"].update(black="blakc"), "did you mean black"),
         (lambda s: s.update(targets=["H", "Q"]), "unknown target 'Q'"),
-        (lambda s: s["encoders"]["sod-valid"].update(padding="valid"), "say them of a training as overrides"),
+        (lambda s: s["encoders"]["sod-valid"].update(weights="imagenet"), "For a training state them as overrides"),
+        (lambda s: s["encoders"]["sod-valid"].update(padding="valdi", overrides={}), "valdi"),
         (
             lambda s: s["encoders"]["sod-valid"]["overrides"].update(
                 {
@@ -342,8 +410,121 @@ def test_every_study_can_be_read(path):
 
 def test_the_quick_study_is_valid_and_names_all_its_cells():
     cells = {c.name: c.cell for c in read_study("configs/study/quick.yaml").cells}
-    names = [name for name in cells if not name.endswith("-p0")]
-    assert {name.rsplit("-", 1)[0] for name in names} == {"untrained", "classification", "sod", "ss"}
-    assert {name.rsplit("-", 1)[1] for name in names} == {"zeros", "valid"}
+    tasks = ("untrained", "classification", "sod", "ss", "ss-p0")
+    assert list(cells) == [f"{task}-{mode}" for task in tasks for mode in ("zeros", "valid")]
     assert all(set(cell.test) == {"scenes", "black", "white", "noise"} for cell in cells.values())
     assert all(cell.targets == ["H", "V", "G", "HS", "VS"] for cell in cells.values())
+
+
+@pytest.fixture
+def tiny(study):
+    """A study of one untrained encoder that takes a second."""
+    edit(study, lambda s: s["encoders"].pop("sod-valid"))
+    return edit(study, lambda s: s.update(train="noise", test={"black": "black"}, limit_train=8, targets=["H"]))
+
+
+def only(name, **options):
+    return lambda s: s.update(encoders={name: {**next(iter(s["encoders"].values())), **options}})
+
+
+def test_a_file_of_weights_called_untrained_is_not_untrained(tiny, tmp_path):
+    encoder = load_encoder("smp:vgg11", padding="valid", options=OPTIONS)
+    torch.save(encoder.state_dict(), tmp_path / "untrained.pth")
+    results, failed, _ = run(edit(tiny, only("a", weights=str(tmp_path / "untrained.pth"))), tmp_path / "out")
+    assert failed == 0
+    assert set(results.rows.weights) == set(results.runs.weights) == {"untrained.pth"}
+
+
+def test_the_latest_study_says_which_seeds_a_group_has(tiny, tmp_path):
+    other = write(tmp_path / "other.yaml", yaml.safe_load(tiny.read_text()))
+    run(edit(tiny, only("u", limit_train=4)), tmp_path / "out")
+    results, _, _ = run(edit(other, only("u", seeds=[0, 1])), tmp_path / "out")
+    assert set(results.rows.run) == {"u-seed0", "u-seed1"}
+    results, _, _ = run(tiny, tmp_path / "out")
+    assert set(results.rows.run) == {"u"}
+
+
+def test_two_studies_of_one_name_keep_their_results(tiny, tmp_path):
+    out, content = tmp_path / "out", yaml.safe_load(tiny.read_text())
+    table = {"name": "one", "title": "One", "rows": [{"label": "a", "run": "a"}], "columns": [{"stimulus": "black"}]}
+    (tmp_path / "b").mkdir()
+    other = write(tmp_path / "b" / "study.yaml", {**content, "tables": [{**table, "title": "Other"}, table]})
+    edit(other, lambda s: s["tables"].pop())
+    edit(tiny, lambda s: s.update(tables=[table]))
+    run(edit(tiny, only("a")), out)
+    for _ in range(2):
+        both, _, _ = run(edit(other, only("b")), out)
+        assert set(both.rows.run) == {"a", "b"}
+        assert [(t["name"], t["title"]) for t in both.about["tables"]] == [("one", "One"), ("one-2", "Other")]
+    assert len(list((out / "studies").glob("*.json"))) == 2
+
+
+def test_folders_that_split_a_study_are_joined(tiny, tmp_path):
+    claim = {"says": "Nothing", "value": {"stimulus": "black", "target": "H"}, "each": {"run": ["a", "b"]}, "equals": 0}
+    table = {"name": "t", "title": "A", "rows": [{"label": "a", "run": "a"}], "columns": [{"stimulus": "black"}]}
+    edit(tiny, lambda s: s.update(claims=[{**claim, "name": "none"}], tables=[table]))
+    edit(tiny, lambda s: s.update(encoders={n: s["encoders"]["untrained-valid"] for n in ("a", "b", "c")}))
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        run(tiny, folder, only=[folder.name])
+    joined = join_folders([*folders, folders[0]])
+    assert joined.missing.values.tolist() == [["c", "not run yet"]]
+    assert joined.rows.run.drop_duplicates().tolist() == ["a", "b"]
+    assert len(joined.rows) == sum(len(load_results(folder).rows) for folder in folders)
+    assert joined.claims.verdict.tolist() == ["held", "held"]
+    assert len(joined.about["tables"]) == 1
+
+    edit(tiny, lambda s: s.update(tables=[{**table, "title": "B"}], title="Other"))
+    run(tiny, tmp_path / "other", only=["c"])
+    joined = join_folders([*folders, tmp_path / "other"])
+    assert joined.missing.empty
+    assert [t["title"] for t in joined.about["tables"]] == ["A", "B"]
+
+    run(tiny, tmp_path / "more", only=["a"], changes=["test={black: white}", "limit_train=12"])
+    with pytest.raises(ValueError, match=r"run 'a' has other numbers in two of the folders .*--beside"):
+        join_folders([*folders, tmp_path / "more"])
+    with pytest.raises(ValueError, match=r"no results\.csv"):
+        join_folders([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        only("a", options={"config": 5}),
+        *(lambda s, train=train: s.update(train=train) for train in (5, [], {"class_path": "nope.X"})),
+        lambda s: s.update(test={"x": 5}),
+        lambda s: s.update(targets=["H", "[H]"]),
+        lambda s: s.update(image_size=2**70),
+        lambda s: s.update(train=datetime.date(2020, 1, 1)),
+    ],
+)
+def test_a_dry_run_says_in_one_line_what_cannot_run(tiny, tmp_path, change):
+    edit(tiny, change)
+    (line,) = dry_run(read_study(tiny), tmp_path / "out")
+    assert re.fullmatch(r"(a|untrained-valid): cannot run: .+", line)
+    with pytest.raises(ValueError, match=r"encoder '(a|untrained-valid)': "):
+        run(tiny, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "5"])
+def test_a_damaged_plan_is_named(tiny, tmp_path, content):
+    run(tiny, tmp_path / "out")
+    for place in ("studies/study.json", "cells/untrained-valid-seed0/probe-*/part-*/part.json"):
+        (file,) = (tmp_path / "out").glob(place)
+        whole = file.read_text()
+        file.write_text(content)
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            load_results(tmp_path / "out")
+        file.write_text(whole)
+
+
+def test_a_seed_that_gets_company_is_renamed_without_a_run(tiny, tmp_path):
+    run(edit(tiny, only("u", context=True, padding="zeros")), tmp_path / "out")
+    for seeds, names in (([0, 1], ["u-seed0", "u-seed1"]), ([0], ["u"])):
+        results, _, messages = run(edit(tiny, only("u", seeds=seeds)), tmp_path / "out")
+        assert messages[0].endswith("done before")
+        expected = {label for name in names for label in (name, f"{name}-context")}
+        assert set(results.rows.run) == set(results.runs.run) == set(results.profile.run) == expected
+        assert {key.split("/")[0] for key in results.maps} == expected
+        assert set(results.runs.pair) == {"u"}
+        assert results.runs.how.str.contains("32 px").all()
