@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from padprobe.processes import count_new
 from tasks.networks import build_network
@@ -22,8 +22,7 @@ RETIRED = {"optimizer": "adamw", "schedule": "cosine"}
 class Task(LightningModule, ABC):
     """A network with its loss, its metrics and its training recipe.
 
-    Batches are dictionaries with an ``image`` (B, 3, S, S) and the key in the class attribute ``target``. Logged:
-    ``train/loss``, ``val/loss``, ``test/loss`` and the metrics as ``val/...`` and ``test/...``. With several
+    Batches are dictionaries with an ``image`` (B, 3, S, S) and the key in the class attribute ``target``. With several
     processes, each image counts once in the metrics.
 
     The recipe: AdamW, with a learning rate that falls from ``lr`` to 0 along a cosine, step by step. ``padprobe fit
@@ -43,17 +42,16 @@ class Task(LightningModule, ABC):
         self,
         net: nn.Module,
         metrics: MetricCollection,
-        test_metrics: MetricCollection | None = None,
+        test_metrics: Sequence[Metric] | dict[str, Metric] = (),
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
     ) -> None:
         super().__init__()
         self.net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
         self.lr, self.weight_decay = lr, weight_decay
-        scores = {"val": metrics.clone(prefix="val/"), "test": metrics.clone(prefix="test/")}
-        if test_metrics:
-            scores["test"].add_metrics({name: metric.clone() for name, metric in test_metrics.items(keep_base=True)})
-        self.metrics = nn.ModuleDict(scores)
+        self._seen = 0  # images of the current loader that were scored
+        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+        self.metrics["test"].add_metrics(test_metrics)  # type: ignore[operator]
 
     @abstractmethod
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -70,35 +68,28 @@ class Task(LightningModule, ABC):
         return self._loss(batch, "train")[0]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, "val", self.trainer.val_dataloaders)
+        self._score(batch, batch_idx, "val", self.trainer.val_dataloaders)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, "test", self.trainer.test_dataloaders)
+        self._score(batch, batch_idx, "test", self.trainer.test_dataloaders)
 
     def _loss(self, batch: dict[str, Any], stage: str) -> tuple[Tensor, Tensor]:
-        target = batch[self.target]
         logits = self(batch["image"])
-        loss = self.loss(logits, target)
+        loss = self.loss(logits, batch[self.target])
         sync = stage != "train"
         self.log(f"{stage}/loss", loss, batch_size=len(logits), on_step=False, on_epoch=True, sync_dist=sync)
         return loss, logits
 
-    def _score(self, batch: dict[str, Any], stage: str, loader: Any) -> None:
-        logits, target = self._loss(batch, stage)[1], batch[self.target]
-        new = count_new(loader, self._seen, len(logits))
-        self._seen += len(logits)
-        if new:
-            self.update_metrics(stage, logits[:new], target[:new])
+    def _score(self, batch: dict[str, Any], batch_idx: int, stage: str, loader: Any) -> None:
+        logits = self._loss(batch, stage)[1]
+        start = self._seen if batch_idx else 0
+        self._seen = start + len(logits)
+        if new := count_new(loader, start, len(logits)):
+            self.update_metrics(stage, logits[:new], batch[self.target][:new])
 
     def update_metrics(self, stage: str, logits: Tensor, target: Tensor) -> None:
         """Scores images that no process has scored before."""
         self.metrics[stage].update(*self.predictions(logits, target))  # type: ignore[operator]
-
-    def on_validation_epoch_start(self) -> None:
-        self._seen = 0
-
-    def on_test_epoch_start(self) -> None:
-        self._seen = 0
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -131,8 +122,7 @@ class DenseTask(Task):
 
     Args:
         outputs: number of output channels.
-        metrics: see :class:`Task`.
-        test_metrics: see :class:`Task`.
+        metrics, test_metrics: see :class:`Task`.
         lr: learning rate of the first step.
         weight_decay: weight decay of AdamW.
         network: options of :func:`~tasks.networks.build_network`.
@@ -142,37 +132,34 @@ class DenseTask(Task):
         self,
         outputs: int,
         metrics: MetricCollection,
-        test_metrics: MetricCollection | None = None,
+        test_metrics: Sequence[Metric] | dict[str, Metric] = (),
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         **network: Any,
     ) -> None:
         retired = {name: network.pop(name) for name in RETIRED.keys() & network.keys()}
         super().__init__(build_network(outputs, **network), metrics, test_metrics, lr, weight_decay)
-        self._retired = RETIRED | retired
+        self._recipe = RETIRED | retired
         self.metrics["position_only"] = metrics.clone(prefix="test/position_only_")
         self._position_logits: Tensor | None = None
 
     def configure_optimizers(self) -> Any:
-        if self._retired != RETIRED:
+        if self._recipe != RETIRED:
             raise ValueError(
-                f"the checkpoint was trained with {self._retired}; tasks now train with {RETIRED}: to go on with its "
+                f"the checkpoint was trained with {self._recipe}; tasks now train with {RETIRED}: to go on with its "
                 "training, name the classes with `padprobe fit --optimizer CLASS --lr_scheduler CLASS`"
             )
         return super().configure_optimizers()
 
     @abstractmethod
     def position_logits(self, targets: Iterable[Tensor]) -> Tensor:
-        """The logits (C, S, S) of a network that knows the training targets and a pixel's position, but not the image.
-
-        Args:
-            targets: batches of training targets.
-        """
+        """The logits (C, S, S) of a network that knows batches of training targets and a pixel's position alone."""
 
     def on_test_start(self) -> None:
-        loader = getattr(getattr(self.trainer, "datamodule", None), "label_dataloader", None)
-        if loader is not None:
-            self._position_logits = self.position_logits(batch[self.target] for batch in loader()).to(self.device)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "label_dataloader"):
+            targets = (batch[self.target] for batch in data.label_dataloader())
+            self._position_logits = self.position_logits(targets).to(self.device)
 
     def update_metrics(self, stage: str, logits: Tensor, target: Tensor) -> None:
         super().update_metrics(stage, logits, target)

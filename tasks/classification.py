@@ -10,7 +10,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from tasks.base import Task
-from tasks.networks import build_classifier
+from tasks.networks import ClassificationNetwork
 
 
 class ClassificationTask(Task):
@@ -22,14 +22,14 @@ class ClassificationTask(Task):
         classes: number of classes.
         lr: learning rate of the first step.
         weight_decay: weight decay of AdamW.
-        network: options of :func:`~tasks.networks.build_classifier`.
+        network: options of :class:`~tasks.networks.ClassificationNetwork`.
     """
 
     target = "label"
 
     def __init__(self, classes: int, lr: float = 1e-3, weight_decay: float = 1e-4, **network: Any) -> None:
         metrics = MetricCollection({"top1": MulticlassAccuracy(classes, average="micro")})
-        super().__init__(build_classifier(classes, **network), metrics, lr=lr, weight_decay=weight_decay)
+        super().__init__(ClassificationNetwork(classes, **network), metrics, lr=lr, weight_decay=weight_decay)
         self.save_hyperparameters()
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
+from py_sod_metrics import Emeasure, Smeasure
 from torch import Tensor
 from torchmetrics import Metric
 
 BETA2 = 0.3  # the field's weight of precision against recall
 
 
-class SaliencyScores(Metric):
-    """Max F-measure (beta^2 = 0.3) and MAE of saliency maps, over any number of batches and processes.
+class SaliencyMetric(Metric, ABC):
+    """Two scores of saliency maps, over any number of batches and processes.
 
     ``update`` takes predictions (B, H, W) in any range and masks (B, H, W), in which a pixel over 0.5 is salient. Each
-    prediction is first min-max scaled to [0, 1], as in the field's evaluation code. ``compute`` returns:
+    prediction is first min-max scaled to [0, 1], as in the field's evaluation code. ``compute`` returns, by the names
+    in the class attribute ``names``, the score at 256 thresholds, averaged over images, at its maximum over thresholds;
+    and the other score, averaged over images.
+    """
 
-    - ``max_fmeasure``: the F-measure of each image at 256 thresholds, averaged over images; the maximum over
-      thresholds;
-    - ``mae``: mean absolute error.
+    names: tuple[str, str]
+    full_state_update = False
+    curve: Tensor
+    single: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in (("curve", 256), ("single", ()), ("count", ())):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def score(self, prediction: Tensor, salient: Tensor) -> tuple[Tensor, Tensor]:
+        """The score at each threshold (256,) and the other score, summed over the images.
+
+        Args:
+            prediction: (B, H, W) in [0, 1], float64.
+            salient: (B, H, W), bool.
+        """
+
+    def update(self, prediction: Tensor, mask: Tensor) -> None:
+        if prediction.shape != mask.shape or prediction.ndim != 3:
+            raise ValueError(
+                f"prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)}: expected (B, H, W) for both"
+            )
+        p = prediction.double().nan_to_num(0.0)
+        low, high = p.amin((1, 2), keepdim=True), p.amax((1, 2), keepdim=True)
+        scaled = (p - low) / (high - low).clamp_min(torch.finfo(p.dtype).tiny)
+        curve, single = self.score(torch.where(high > low, scaled, p.clamp(0, 1)), mask > 0.5)
+        self.curve += curve
+        self.single += single
+        self.count += len(p)
+
+    def compute(self) -> dict[str, Tensor]:
+        means = self.curve.max() / self.count, self.single / self.count
+        return {name: mean.float() for name, mean in zip(self.names, means, strict=True)}
+
+
+class SaliencyScores(SaliencyMetric):
+    """Max F-measure (beta^2 = 0.3) and mean absolute error (MAE), see :class:`SaliencyMetric`.
 
     Source: Achanta et al., CVPR 2009 (F-measure), as the PySODMetrics package computes it.
 
@@ -29,23 +72,10 @@ class SaliencyScores(Metric):
         {'max_fmeasure': 1.0, 'mae': 0.042}
     """
 
-    full_state_update = False
-    curve: Tensor
-    error: Tensor
-    count: Tensor
+    names = "max_fmeasure", "mae"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("curve", torch.zeros(256, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("error", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, prediction: Tensor, mask: Tensor) -> None:
-        if prediction.shape != mask.shape or prediction.ndim != 3:
-            raise ValueError(
-                f"prediction {tuple(prediction.shape)} and mask {tuple(mask.shape)}: expected (B, H, W) for both"
-            )
-        p, salient = _scaled(prediction).flatten(1), mask.flatten(1) > 0.5
+    def score(self, prediction: Tensor, salient: Tensor) -> tuple[Tensor, Tensor]:
+        p, salient = prediction.flatten(1), salient.flatten(1)
         level = (p * 255).long()  # the highest of the 256 thresholds that a pixel reaches
         bins = level + 256 * torch.arange(len(p), device=p.device)[:, None]
 
@@ -60,25 +90,11 @@ class SaliencyScores(Metric):
         recall = hits / salient.sum(1, keepdim=True).clamp_min(1)
         # 0 where no prediction is right
         fmeasure = (1 + BETA2) * precision * recall / (BETA2 * precision + recall).clamp_min(1e-12)
-        self.curve += fmeasure.sum(0)
-        self.error += (p - salient.double()).abs().mean(1).sum()
-        self.count += len(p)
-
-    def compute(self) -> dict[str, Tensor]:
-        return {
-            "max_fmeasure": (self.curve.max() / self.count).float(),
-            "mae": (self.error / self.count).float(),
-        }
+        return fmeasure.sum(0), (p - salient.double()).abs().mean(1).sum()
 
 
-class StructureScores(Metric):
-    """S-measure and E-measure of saliency maps, over any number of batches and processes.
-
-    ``update`` takes the same input as :class:`SaliencyScores` and scales predictions in the same way. ``compute``
-    returns:
-
-    - ``smeasure``: the mean over images;
-    - ``max_emeasure``: the mean over images at each of 256 thresholds; the maximum over thresholds.
+class StructureScores(SaliencyMetric):
+    """Max E-measure and S-measure, see :class:`SaliencyMetric`.
 
     The PySODMetrics package computes them image by image on the CPU. This is slow: meant for the test set, not for
     validation.
@@ -91,41 +107,17 @@ class StructureScores(Metric):
         >>> mask = (torch.arange(16) > 7).float().expand(1, 16, 16)
         >>> scores.update(mask, mask)
         >>> {name: round(float(value), 2) for name, value in scores.compute().items()}
-        {'smeasure': 1.0, 'max_emeasure': 1.0}
+        {'max_emeasure': 1.0, 'smeasure': 1.0}
     """
 
-    full_state_update = False
-    structure: Tensor
-    enhanced: Tensor
-    count: Tensor
+    names = "max_emeasure", "smeasure"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("structure", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("enhanced", torch.zeros(256, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, prediction: Tensor, mask: Tensor) -> None:
-        from py_sod_metrics import Emeasure, Smeasure
-
-        scaled = _scaled(prediction).cpu().numpy()
-        for p, salient in zip(scaled, (mask > 0.5).cpu().numpy(), strict=True):
-            structure, enhanced = Smeasure(), Emeasure()
-            structure.step(p, salient, normalize=False)
-            enhanced.step(p, salient, normalize=False)
-            self.structure += float(structure.get_results()["sm"])
-            self.enhanced += torch.from_numpy(enhanced.get_results()["em"]["curve"]).to(self.enhanced)
-            self.count += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        return {
-            "smeasure": (self.structure / self.count).float(),
-            "max_emeasure": (self.enhanced.max() / self.count).float(),
-        }
-
-
-def _scaled(prediction: Tensor) -> Tensor:
-    """Maps (B, H, W), each min-max scaled to [0, 1] in float64; NaN counts as 0, a constant map is clamped."""
-    p = prediction.double().nan_to_num(0.0)
-    low, high = p.amin((1, 2), keepdim=True), p.amax((1, 2), keepdim=True)
-    return torch.where(high > low, (p - low) / (high - low).clamp_min(torch.finfo(p.dtype).tiny), p.clamp(0, 1))
+    def score(self, prediction: Tensor, salient: Tensor) -> tuple[Tensor, Tensor]:
+        curve, single = torch.zeros_like(self.curve), torch.zeros_like(self.single)
+        for p, s in zip(prediction.cpu().numpy(), salient.cpu().numpy(), strict=True):
+            enhanced, structure = Emeasure(), Smeasure()
+            for metric in (enhanced, structure):
+                metric.step(p, s, normalize=False)
+            curve += torch.from_numpy(enhanced.get_results()["em"]["curve"]).to(curve)
+            single += float(structure.get_results()["sm"])
+        return curve, single

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any, Literal
+from unittest.mock import patch
 
 import segmentation_models_pytorch as smp
 import torch
@@ -19,7 +19,6 @@ from padprobe.network.tap import center_crop
 from padprobe.network.trace import context_size, output_sides, smallest_image, stage_shapes, takes
 
 DECODERS = ("linear", "unet", "fpn", "deeplabv3plus", "pspnet", "linknet", "upernet")
-ALIGNMENTS = ("stretch", "context")
 LARGEST = 2048  # px: the search for an image size that works ends here
 
 
@@ -35,12 +34,11 @@ class DenseNetwork(nn.Module):
         decoder: takes the maps, in the sizes that the padded encoder gives them; returns one map.
         head: turns that map into logits of any size, which are then resized to S.
         image_size: S in pixels.
-        alignment: how the maps of an unpadded encoder, which cover less of the image, are brought to the sizes of the
-            padded encoder's maps. ``"stretch"`` resizes them, as in the paper. This moves deep maps outwards relative
-            to shallow ones, and the decoder can tell position from the difference. ``"context"`` takes an image larger
-            than S and scores its centre. A padded encoder gets only this centre. An unpadded encoder also gets the
-            surroundings that it needs, and its maps are centre-cropped to the sizes and geometry of the padded
-            encoder's maps, so that padding is the only difference.
+        alignment: how the maps of an unpadded encoder are brought to the sizes of the padded encoder's maps.
+            ``"stretch"`` resizes them, as in the paper. This moves deep maps outwards relative to shallow ones, and the
+            decoder can tell position from the difference. ``"context"`` takes an image larger than S and scores its
+            centre. An unpadded encoder also sees the surroundings that it needs, and its maps are centre-cropped to the
+            geometry of the padded encoder's maps, so that padding is the only difference.
 
     Attributes:
         seen: side in pixels of the image that the network needs.
@@ -58,7 +56,7 @@ class DenseNetwork(nn.Module):
         alignment: Literal["stretch", "context"] = "stretch",
     ) -> None:
         super().__init__()
-        check_name(alignment, ALIGNMENTS, "alignment")
+        check_name(alignment, ("stretch", "context"), "alignment")
         self.encoder, self.decoder, self.head = encoder, decoder, head
         self.image_size, self.seen = image_size, image_size
         self.fit = center_crop if alignment == "context" else _resize
@@ -85,13 +83,8 @@ class DenseNetwork(nn.Module):
 class LinearDecoder(nn.Module):
     """A decoder without any padding: a list of maps (B, C, h, w) -> one map (B, width, grid, grid).
 
-    A 1x1 convolution takes each map to ``width`` channels, and the map is resized to the grid. A 1x1 convolution
-    follows the sum of all maps.
-
-    Args:
-        channels: number of channels of each map.
-        grid: side of the output in cells.
-        width: number of channels of the output.
+    A 1x1 convolution takes each map, with C in ``channels``, to ``width`` channels, and the map is resized to the grid.
+    A 1x1 convolution follows the sum of all maps.
 
     Example:
         >>> import torch
@@ -116,50 +109,40 @@ class LinearDecoder(nn.Module):
 
 
 class ClassificationNetwork(nn.Module):
-    """Scores every class for the centre of an image, by global average pooling: (B, 3, H, W) -> logits (B, classes).
-
-    Args:
-        encoder: an smp encoder, which returns a list of feature maps and has ``out_channels``.
-        classes: number of classes.
-        image_size: side of the centre in pixels.
-    """
-
-    def __init__(self, encoder: nn.Module, classes: int, image_size: int) -> None:
-        super().__init__()
-        self.encoder, self.image_size = encoder, image_size
-        self.head = ClassificationHead(encoder.out_channels[-1], classes, dropout=0.0)  # type: ignore[index]
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.encoder(center_crop(image, self.image_size))[-1])
-
-
-def build_classifier(
-    classes: int,
-    encoder: str = "smp:vgg16",
-    image_size: int = 224,
-    encoder_options: dict[str, Any] | None = None,
-    encoder_weights: str = "untrained",
-    encoder_padding: str = "zeros",
-    seed: int = 0,
-) -> ClassificationNetwork:
-    """An encoder with a classification head, ready to train.
+    """Scores every class for an image's central S x S px, by global average pooling: (B, 3, H, W) -> (B, classes).
 
     Args:
         classes: number of classes.
         encoder: an smp encoder, such as ``smp:vgg16``.
-        image_size: side in pixels of the centre of the image that the network sees.
+        image_size: S in pixels.
         encoder_options: more arguments of the encoder's constructor, see :func:`padprobe.load_encoder`.
         encoder_weights: ``untrained``, a name that smp, torchvision or timm knows, or a file.
-        encoder_padding: ``zeros``, ``valid``, ``reflect``, ``replicate`` or ``circular``, see
-            :func:`padprobe.set_padding`.
+        encoder_padding: ``zeros``, ``valid``, ``reflect``, ``replicate`` or ``circular``.
         seed: for the weights of an untrained encoder.
 
     Raises:
         ValueError: for an unknown name, or an image that is too small for the encoder.
     """
-    backbone = _load(encoder, encoder_options, encoder_weights, encoder_padding, seed)
-    stage_shapes(backbone, [], image_size)
-    return ClassificationNetwork(backbone, classes, image_size)
+
+    def __init__(
+        self,
+        classes: int,
+        encoder: str = "smp:vgg16",
+        image_size: int = 224,
+        encoder_options: dict[str, Any] | None = None,
+        encoder_weights: str = "untrained",
+        encoder_padding: str = "zeros",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.encoder = _load(encoder, encoder_options, encoder_weights, encoder_padding, seed)
+        stage_shapes(self.encoder, [], image_size)
+        channels = self.encoder.out_channels[-1]  # type: ignore[index]
+        self.head = ClassificationHead(channels, classes, dropout=0.0)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.encoder(center_crop(image, self.image_size))[-1])
 
 
 def build_network(
@@ -183,8 +166,7 @@ def build_network(
         image_size: S, the side of the output in pixels.
         encoder_options: more arguments of the encoder's constructor, see :func:`padprobe.load_encoder`.
         encoder_weights: ``untrained``, a name that smp, torchvision or timm knows, or a file.
-        encoder_padding: ``zeros``, ``valid``, ``reflect``, ``replicate`` or ``circular``, see
-            :func:`padprobe.set_padding`.
+        encoder_padding: ``zeros``, ``valid``, ``reflect``, ``replicate`` or ``circular``.
         decoder: ``linear`` (has no padding, see :class:`LinearDecoder`), or smp's ``unet``, ``fpn``,
             ``deeplabv3plus``, ``pspnet``, ``linknet`` or ``upernet``.
         decoder_options: arguments of :class:`LinearDecoder` (``width``) or of smp's model (``decoder_channels``, ...).
@@ -195,9 +177,8 @@ def build_network(
         seed: for the weights of an untrained encoder. The decoder's weights come from the global random state.
 
     Raises:
-        ValueError: for an unknown name; a decoder that does not work with the encoder or the padding mode; an encoder
-            that cannot work without padding; an image size that is too small, or that the decoder cannot divide (with
-            the sizes that work).
+        ValueError: for what cannot work (a name, a decoder with the encoder or the padding mode, an encoder without
+            padding, an image size), with what does.
 
     Example:
         >>> import torch
@@ -210,10 +191,8 @@ def build_network(
     for mode in (encoder_padding, decoder_padding):
         check_name(mode, PADDING_MODES, "padding mode")
     backbone = _load(encoder, encoder_options, encoder_weights, "zeros", seed)
-    if decoder == "linear":
-        body, head, step = _linear(backbone, classes, image_size, decoder_options or {})
-    else:
-        body, head, step = _from_smp(decoder, encoder, backbone, classes, decoder_options or {})
+    body, head, step = _decoder(decoder, encoder, backbone, classes, image_size, decoder_options or {})
+    if decoder != "linear" and decoder_padding != "zeros":
         _pad_decoder(decoder, nn.Sequential(body, head), decoder_padding)
     if encoder_padding != "zeros":  # zeros is how it was built, even where padding cannot be changed
         set_padding(backbone, encoder_padding)
@@ -242,26 +221,27 @@ def _load(encoder: str, options: dict[str, Any] | None, weights: str, padding: s
     return load_encoder(encoder, weights, padding, seed, options).train()
 
 
-def _linear(encoder: Any, classes: int, image_size: int, options: dict[str, Any]) -> tuple[nn.Module, nn.Module, int]:
-    """The padding-free decoder, its head, and the number that the image size must be a multiple of."""
-    for option in options:
-        check_name(option, ["width"], "option of decoder 'linear'")
-    decoder = LinearDecoder(encoder.out_channels, image_size // 2, **options)
-    return decoder, nn.Conv2d(decoder.mix.out_channels, classes, 1), 1
-
-
-def _from_smp(
-    arch: str, encoder_name: str, encoder: Any, classes: int, options: dict[str, Any]
+def _decoder(
+    name: str, encoder_name: str, encoder: Any, classes: int, image_size: int, options: dict[str, Any]
 ) -> tuple[nn.Module, nn.Module, int]:
-    """smp's decoder and head for this encoder, and the number that the image size must be a multiple of.
+    """A decoder and its head for this encoder, and the number that the image size must be a multiple of.
 
     A decoder that needs a dilated encoder (DeepLabV3+) dilates it in place.
     """
-    model_class = smp.MODEL_ARCHITECTURES_MAPPING[arch]
-    fixed = {"self", "encoder_name", "encoder_depth", "encoder_weights", "in_channels", "classes", "kwargs"}
-    known = inspect.signature(model_class.__init__).parameters.keys() - fixed - {"activation", "aux_params"}
+    model_class = smp.MODEL_ARCHITECTURES_MAPPING.get(name, LinearDecoder)
+    given = {"self", "channels", "grid"} | {
+        "encoder_name",
+        "encoder_depth",
+        "encoder_weights",
+        "in_channels",
+        "classes",
+    }
+    known = inspect.signature(model_class.__init__).parameters.keys() - given - {"activation", "aux_params", "kwargs"}
     for option in options:
-        check_name(option, sorted(known), f"option of decoder {arch!r}")
+        check_name(option, sorted(known), f"option of decoder {name!r}")
+    if name == "linear":
+        linear = LinearDecoder(encoder.out_channels, image_size // 2, **options)
+        return linear, nn.Conv2d(linear.mix.out_channels, classes, 1), 1
     depth = len(encoder.out_channels) - 1
     # smp's defaults fit its default depth alone; these are the same for any depth
     defaults: dict[str, dict[str, Any]] = {
@@ -278,24 +258,22 @@ def _from_smp(
             encoder.make_dilated(output_stride)
         return encoder
 
-    module = sys.modules[model_class.__module__]  # smp's model would build an encoder without encoder_options
-    get_encoder, module.get_encoder = module.get_encoder, give_encoder  # type: ignore[attr-defined]
-    try:
-        model = model_class(
-            encoder_name.removeprefix("smp:"),
-            encoder_depth=depth,
-            encoder_weights=None,
-            classes=classes,
-            **{**defaults.get(arch, {}), **options},
-        )
+    arguments = {
+        "encoder_depth": depth,
+        "encoder_weights": None,
+        "classes": classes,
+        **defaults.get(name, {}),
+        **options,
+    }
+    try:  # by itself, smp's model would build an encoder without encoder_options
+        with patch(f"{model_class.__module__}.get_encoder", give_encoder):
+            model = model_class(encoder_name.removeprefix("smp:"), **arguments)
     except (ValueError, NotImplementedError) as error:  # smp's encoders that cannot be dilated raise the latter
-        way_out = ", or an encoder that can be dilated, such as 'smp:resnet18'" if arch == "deeplabv3plus" else ""
+        way_out = ", or an encoder that can be dilated, such as 'smp:resnet18'" if name == "deeplabv3plus" else ""
         raise ValueError(
-            f"decoder {arch!r} does not work with encoder {encoder_name!r}: {error or 'smp does not support it.'} Use "
-            f"another decoder ({', '.join(d for d in DECODERS if d != arch)}){way_out}"
+            f"decoder {name!r} does not work with encoder {encoder_name!r}: {error or 'smp does not support it.'} Use "
+            f"another decoder ({', '.join(d for d in DECODERS if d != name)}){way_out}"
         ) from error
-    finally:
-        module.get_encoder = get_encoder  # type: ignore[attr-defined]
     return model.decoder, model.segmentation_head, encoder.output_stride if model.requires_divisible_input_shape else 1
 
 
@@ -306,8 +284,6 @@ def _pad_decoder(name: str, layers: nn.Module, mode: str) -> None:
             f"decoder_padding 'valid' with decoder {name!r}: smp's decoders need maps that keep their size. Use "
             "decoder 'linear', which has no padding, or decoder_padding zeros, reflect, replicate or circular"
         )
-    if mode == "zeros":
-        return
     if any(isinstance(layer, nn.ConvTranspose2d) for layer in layers.modules()):
         raise ValueError(
             f"decoder_padding {mode!r} with decoder {name!r}: its transposed convolutions always see zeros outside the "
@@ -317,10 +293,7 @@ def _pad_decoder(name: str, layers: nn.Module, mode: str) -> None:
 
 
 def _smallest(network: nn.Module, image_size: int, step: int) -> int | None:
-    """0 if the network takes the largest multiple of ``step`` up to the image size.
-
-    Otherwise the smallest multiple that it takes; None if there is none up to 2048 px.
-    """
+    """The smallest multiple of ``step`` that a network takes, None if over 2048 px; 0 if it takes the image size."""
     return 0 if takes(network, image_size // step * step) else smallest_image(network, LARGEST, step)
 
 
@@ -331,14 +304,14 @@ def _check_size(image_size: int, step: int, smallest: dict[str, int | None]) -> 
             raise ValueError(
                 f"{part} works at no image size up to {LARGEST} px: use another padding mode, or other options"
             )
-    worst = max(smallest, key=lambda part: smallest[part] or 0)
-    below = image_size // step * step
-    if smallest[worst]:
+    size, part = max((size or 0, part) for part, size in smallest.items())
+    if size:
         raise ValueError(
-            f"a {image_size} x {image_size} image is too small for {worst}: the smallest that works is "
-            f"{smallest[worst]} x {smallest[worst]}. Use larger images, or padding that keeps the maps' size (zeros)"
+            f"a {image_size} x {image_size} image is too small for {part}: the smallest that works is {size} x {size}. "
+            "Use larger images, or padding that keeps the maps' size (zeros)"
         )
-    if below < image_size:
+    if rest := image_size % step:
+        below = image_size - rest
         raise ValueError(
             f"image_size {image_size} is no multiple of {step}, the stride of this encoder, as the decoder needs: the "
             f"nearest that work are {below} and {below + step}"

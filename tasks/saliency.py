@@ -28,7 +28,7 @@ class SaliencyTask(DenseTask):
     target = "mask"
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(1, MetricCollection([SaliencyScores()]), MetricCollection([StructureScores()]), **options)
+        super().__init__(1, MetricCollection([SaliencyScores()]), [StructureScores()], **options)
         self.save_hyperparameters()
         self.dice = DiceLoss("binary")
 

@@ -45,15 +45,15 @@ class SegmentationTask(DenseTask):
         jaccard: Any = {"num_classes": len(names), "ignore_index": ignore_index, "validate_args": False}
         each = ClasswiseWrapper(MulticlassJaccardIndex(average="none", **jaccard), names, prefix="iou_")
         metrics = MetricCollection({"miou": MulticlassJaccardIndex(**jaccard)})
-        super().__init__(len(names), metrics, MetricCollection({"iou": each}), **options)
+        super().__init__(len(names), metrics, {"iou": each}, **options)
         self.save_hyperparameters()
-        self.names, self.ignore_index = names, ignore_index
+        self.classes, self.ignore_index = len(names), ignore_index
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
     def setup(self, stage: str) -> None:
         data = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
-        task = len(self.names), self.ignore_index
+        task = self.classes, self.ignore_index
         if data not in (None, task):
             raise ValueError(
                 f"the data have {data[0]} classes and ignore the label {data[1]}, the task {task[0]} and {task[1]}: "
@@ -72,5 +72,5 @@ class SegmentationTask(DenseTask):
         counts = torch.zeros(())
         for labels in targets:
             kept = labels.masked_fill(labels == self.ignore_index, -1)
-            counts = counts + torch.stack([(kept == k).sum(0) for k in range(len(self.names))])
+            counts = counts + torch.stack([(kept == k).sum(0) for k in range(self.classes)])
         return counts

@@ -23,8 +23,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise its import l
 import albumentations as A
 import cv2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
 
 class DenseDataset(Dataset[dict[str, Any]]):
     """Images and their label maps, augmented and resized together; the aspect ratio is not kept.
@@ -32,17 +30,14 @@ class DenseDataset(Dataset[dict[str, Any]]):
     Items are dictionaries: ``image`` float32 (3, S + 2 context, S + 2 context), and the label map of the image's
     central S x S px under ``key``: ``mask`` float32 (1, S, S) in [0, 1], or ``labels`` int64 (S, S).
 
+    The random numbers of ``augment`` depend on seed, epoch and index, so that a resumed training draws the same ones;
+    or on torch's random state if no sampler sets ``epoch`` (it is then -1).
+
     Args:
         samples: files of images and label maps.
         key: ``"mask"`` or ``"labels"``.
-        image_size: S in pixels.
-        context: width in pixels of the margin around the labelled area that the image also shows.
-        augment: albumentations transforms. Their random numbers depend on seed, epoch and index, so that a resumed
-            training draws the same ones; or on torch's random state if no sampler sets ``epoch`` (it is then -1).
-        normalize: whether to subtract ImageNet's mean and divide by its standard deviation; if not, values are in
-            [0, 1].
+        image_size, context, augment, normalize, seed: see :class:`DenseData`.
         blind: whether to leave out the images and return only label maps.
-        seed: seed of the augmentation.
     """
 
     def __init__(
@@ -50,21 +45,19 @@ class DenseDataset(Dataset[dict[str, Any]]):
         samples: Sequence[Sample],
         key: str,
         image_size: int,
-        context: int = 0,
-        augment: Sequence[A.BasicTransform] = (),
-        normalize: bool = False,
-        blind: bool = False,
-        seed: int = 0,
+        context: int,
+        augment: Sequence[A.BasicTransform],
+        normalize: bool,
+        blind: bool,
+        seed: int,
     ) -> None:
         self.samples, self.key, self.image_size, self.blind, self.seed = list(samples), key, image_size, blind, seed
         self.epoch = torch.tensor(-1).share_memory_()
         size = image_size + 2 * context
         nearest = cv2.INTER_NEAREST_EXACT if key == "labels" else cv2.INTER_LINEAR
-        mean, std = (MEAN, STD) if normalize else ((0, 0, 0), (1, 1, 1))
+        scale = A.Normalize() if normalize else A.Normalize((0, 0, 0), (1, 1, 1))  # by default ImageNet's
         self.random = bool(augment)
-        self.transform = A.Compose(
-            [*augment, A.Resize(size, size, mask_interpolation=nearest), A.Normalize(mean, std, max_pixel_value=255)]
-        )
+        self.transform = A.Compose([*augment, A.Resize(size, size, mask_interpolation=nearest), scale])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -89,15 +82,13 @@ class DenseData(LightningDataModule, ABC):
     Args:
         image_size: S, the side of the labelled area, in pixels.
         context: width in pixels of the margin around the labelled area that the image also shows, for a network with
-            ``alignment: context``. Use the same value for all networks that you compare: it decides which area is
-            labelled.
+            ``alignment: context``. It decides which area is labelled: compare networks at the same value.
         batch_size: images per step.
         num_workers: number of processes that read images.
         limit: largest number of images in a split; a larger split is sampled at random.
         augment: albumentations transforms of the training images and their labels, before they are resized. Transforms
             that create new borders (rotations, shifts) fill them with label 0 unless they are given a ``fill_mask``.
-        normalize: whether to subtract ImageNet's mean and divide by its standard deviation; if not, values are in
-            [0, 1].
+        normalize: subtract ImageNet's mean and divide by its standard deviation; if not, values are in [0, 1].
         holdout: share of the training images to validate on, if the data set has no validation images.
         check_files: whether to read every file before training, and refuse to start if one is bad.
         seed: seed of the sampling by ``limit``, the held-out images, the training order and the augmentation. With
@@ -122,15 +113,11 @@ class DenseData(LightningDataModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("image_size", image_size, 1),
-            ("context", context, 0),
-            ("batch_size", batch_size, 1),
-        ):
-            if value < least:
+        for name, value, least in (("image_size", image_size, 1), ("context", context, 0), ("limit", limit, 1)):
+            if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected {least} or more")
-        if not 0 < holdout < 1 or (limit is not None and limit < 1):
-            raise ValueError(f"holdout is {holdout} and limit {limit}; expected a share in (0, 1) and at least 1 image")
+        if not 0 < holdout < 1:
+            raise ValueError(f"holdout is {holdout}; expected a share in (0, 1)")
         self.image_size, self.context, self.normalize, self.augment = image_size, context, normalize, augment
         self.batch_size, self.num_workers, self.limit, self.seed = batch_size, num_workers, limit, seed
         self.holdout, self._check_files = holdout, check_files
@@ -165,10 +152,10 @@ class DenseData(LightningDataModule, ABC):
         if not self._splits:
             splits = {split: self.samples(split)[0] for split in ("train", "val", "test")}
             if not splits["val"]:
-                order = np.random.default_rng(self.seed).permutation(len(splits["train"]))
-                held = set(order[: max(1, round(self.holdout * len(order)))].tolist())
-                splits["val"] = [sample for i, sample in enumerate(splits["train"]) if i in held]
-                splits["train"] = [sample for i, sample in enumerate(splits["train"]) if i not in held]
+                images = splits["train"]
+                order = np.random.default_rng(self.seed).permutation(len(images))
+                n = max(1, round(self.holdout * len(order)))
+                splits["val"], splits["train"] = ([images[i] for i in sorted(p)] for p in (order[:n], order[n:]))
             for split, samples in splits.items():
                 if self.limit is not None and self.limit < len(samples):
                     chosen = np.random.default_rng(self.seed).choice(len(samples), self.limit, replace=False)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-
-EXIF_ORIENTATION = 0x0112
 
 Masks = Literal["binary", "threshold", "graded"]
 
@@ -26,56 +24,41 @@ class Sample(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-@dataclass(frozen=True)
-class LabelFile:
-    """A label map in an image file: (H, W) uint8, the class of every pixel.
+def read_labels(path: Path, classes: int, ignore_index: int) -> np.ndarray:
+    """The classes 0 .. ``classes`` - 1, or ``ignore_index``, in an 8-bit grey or palette image: (H, W) uint8.
 
-    Args:
-        path: 8-bit grey or palette image.
-        classes: number of classes; labels are 0 .. classes - 1.
-        ignore_index: value of pixels without a label.
+    Raises:
+        ValueError: for another value, or a file that is no such image.
     """
-
-    path: Path
-    classes: int
-    ignore_index: int
-
-    def __call__(self) -> np.ndarray:
-        labels = _read_grey(self.path, ("L", "P", "1"))
-        unknown = sorted(set(np.unique(labels).tolist()) - {*range(self.classes), self.ignore_index})
-        if unknown:
-            raise ValueError(
-                f"{self.path}: has the label{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}; expected "
-                f"0 .. {self.classes - 1}, or {self.ignore_index} for pixels without a label"
-            )
-        return labels
+    labels = _read_grey(path, ("L", "P", "1"))
+    unknown = sorted(set(np.unique(labels).tolist()) - {*range(classes), ignore_index})
+    if unknown:
+        raise ValueError(
+            f"{path}: has the label{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}; expected "
+            f"0 .. {classes - 1}, or {ignore_index} for pixels without a label"
+        )
+    return labels
 
 
-@dataclass(frozen=True)
-class SaliencyFile:
-    """A saliency mask in an image file: (H, W) float32 in [0, 1].
+def read_saliency(path: Path, masks: Masks = "binary") -> np.ndarray:
+    """The saliency mask in an 8-bit image with values 0 .. 255 (or 0 and 1): (H, W) float32 in [0, 1].
 
-    Args:
-        path: 8-bit image, 0 .. 255 (or 0 and 1).
-        masks: ``"binary"``: any other value than 0 and 255 (or 0 and 1) is an error. ``"threshold"``: values over half
-            of the range are salient. ``"graded"``: values are kept.
+    What ``masks`` means: see :class:`~tasks.data.saliency.SaliencyFolder`.
+
+    Raises:
+        ValueError: for values that do not suit ``masks``, or a file that is no such image.
     """
-
-    path: Path
-    masks: Masks = "binary"
-
-    def __call__(self) -> np.ndarray:
-        grey = _read_grey(self.path, ("L", "1", "P", "LA", "RGB", "RGBA"), convert=True)
-        highest = 1 if grey.max() == 1 else 255
-        if self.masks == "binary" and not np.isin(grey, (0, highest)).all():
-            raise ValueError(
-                f"{self.path}: is not binary ({len(np.unique(grey))} values; expected 0 and 255): set masks: threshold "
-                "or, to keep the values, masks: graded"
-            )
-        if self.masks == "threshold" and 1 < grey.max() < 128 and len(np.unique(grey)) <= 2:
-            raise ValueError(f"{self.path}: its two values are 0 and {grey.max()}; nothing is over half of 255")
-        mask = grey.astype(np.float32) / highest
-        return mask if self.masks == "graded" else (mask > 0.5).astype(np.float32)
+    grey = _read_grey(path, ("L", "1", "P", "LA", "RGB", "RGBA"), convert=True)
+    highest = 1 if grey.max() == 1 else 255
+    if masks == "binary" and not np.isin(grey, (0, highest)).all():
+        raise ValueError(
+            f"{path}: is not binary ({len(np.unique(grey))} values; expected 0 and 255): set masks: threshold or, to "
+            "keep the values, masks: graded"
+        )
+    if masks == "threshold" and 1 < grey.max() < 128 and len(np.unique(grey)) <= 2:
+        raise ValueError(f"{path}: its two values are 0 and {grey.max()}; nothing is over half of 255")
+    mask = grey.astype(np.float32) / highest
+    return mask if masks == "graded" else (mask > 0.5).astype(np.float32)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -83,7 +66,7 @@ def read_image(path: Path) -> np.ndarray:
     image = _open(path)
     if image.mode[0] in "IF":
         raise ValueError(f"{path}: an image of more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         raise ValueError(f"{path}: its EXIF data rotate it, but not its mask: save it upright")
     return np.asarray(image.convert("RGB"))
 
@@ -97,10 +80,8 @@ def _read_grey(path: Path, modes: Collection[str], convert: bool = False) -> np.
 
 
 def _open(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise ValueError(f"{path}: does not exist")
-    if not path.stat().st_size:
-        raise ValueError(f"{path}: is empty")
+    if not path.is_file() or not path.stat().st_size:
+        raise ValueError(f"{path}: {'is empty' if path.is_file() else 'does not exist'}")
     try:
         image = Image.open(path)
         image.load()
@@ -110,11 +91,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def find_folder(path: str | Path, make: bool = False) -> Path:
-    """A folder, given by a path that may contain environment variables, as in ``$PADPROBE_DATA/CamVid``.
-
-    Args:
-        path: path of the folder.
-        make: create the folder if it does not exist.
+    """A folder, given by a path that may contain environment variables; with ``make``, it is created if necessary.
 
     Raises:
         ValueError: for a variable that is not set, or a folder that does not exist.
@@ -129,18 +106,13 @@ def find_folder(path: str | Path, make: bool = False) -> Path:
     return folder
 
 
-def pair(
-    images: Path, masks: Path, reader: Callable[[Path], Callable[[], np.ndarray]]
-) -> tuple[list[Sample], list[str]]:
-    """Images and masks with the same stem, in the order of their names.
+def pair(images: Path, masks: Path, read: Callable[[Path], np.ndarray]) -> tuple[list[Sample], list[str]]:
+    """Images and masks with the same stem, in the order of their names; and one line for each file without a partner.
 
     Args:
         images: folder of images.
         masks: folder of masks. If both are one folder, its PNG files are the masks and its other files the images.
-        reader: takes the path of a mask, returns the function that reads it.
-
-    Returns:
-        The pairs, and one line for each file that belongs to no pair.
+        read: reads a mask.
     """
     one_folder = images == masks
     image_files, problems = _by_stem(images, lambda suffix: not one_folder or suffix != ".png")
@@ -148,7 +120,9 @@ def pair(
     problems = list(dict.fromkeys(problems + mask_problems))  # one folder lists its problems twice
     problems += [f"{path}: an image without a mask" for stem, path in image_files.items() if stem not in mask_files]
     problems += [f"{path}: a mask without an image" for stem, path in mask_files.items() if stem not in image_files]
-    samples = [Sample(path, reader(mask_files[stem])) for stem, path in image_files.items() if stem in mask_files]
+    samples = [
+        Sample(path, partial(read, mask_files[stem])) for stem, path in image_files.items() if stem in mask_files
+    ]
     if not samples:
         problems.append(f"{images}: no image has a mask in {masks}")
     return samples, problems
@@ -156,11 +130,9 @@ def pair(
 
 def _by_stem(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Path], list[str]]:
     """A folder's image files with a wanted suffix, by stem, and one line for each other file and repeated stem."""
-    if not folder.is_dir():
-        raise ValueError(f"no data folder {str(folder)!r}")
     files: dict[str, Path] = {}
     problems = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(find_folder(folder).iterdir()):
         suffix = path.suffix.lower()
         if path.name.startswith(".") or path.name == "Thumbs.db":
             continue

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torchvision.datasets import VOCSegmentation
+
 from tasks.data.dense import DenseData
-from tasks.data.files import LabelFile, Sample, find_folder, pair
+from tasks.data.files import Sample, find_folder, pair, read_labels
 
 
 class LabelFolders(DenseData):
@@ -38,13 +40,13 @@ class LabelFolders(DenseData):
         super().__init__(**options)
         self.root, self.images, self.masks, self.has_val = root, images, masks, has_val
         self.labels = len(classes), ignore_index
-        self.reader = partial(LabelFile, classes=len(classes), ignore_index=ignore_index)
+        self.read = partial(read_labels, classes=len(classes), ignore_index=ignore_index)
 
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:
         if split == "val" and not self.has_val:
             return [], []
-        root = find_folder(self.root)
-        return pair(root / self.images.format(split=split), root / self.masks.format(split=split), self.reader)
+        images, masks = (find_folder(self.root) / folder.format(split=split) for folder in (self.images, self.masks))
+        return pair(images, masks, self.read)
 
 
 class VOCData(DenseData):
@@ -69,8 +71,6 @@ class VOCData(DenseData):
 
     def prepare_data(self) -> None:
         if self.download:
-            from torchvision.datasets import VOCSegmentation
-
             root = find_folder(self.root, make=True)
             if not (root / "VOCdevkit" / f"VOC{self.year}" / "SegmentationClass").is_dir():
                 VOCSegmentation(str(root), self.year, "train", download=True)
@@ -79,12 +79,10 @@ class VOCData(DenseData):
     def samples(self, split: str) -> tuple[list[Sample], list[str]]:
         if split == "val":
             return [], []
-        from torchvision.datasets import VOCSegmentation
-
         root = find_folder(self.root)
         try:
             voc = VOCSegmentation(str(root), self.year, "train" if split == "train" else "val")
         except (RuntimeError, FileNotFoundError) as error:
             raise ValueError(f"no VOC {self.year} in {str(root)!r}: {error} (or set download: true)") from error
         files = zip(voc.images, voc.masks, strict=True)
-        return [Sample(Path(image), LabelFile(Path(mask), *self.labels)) for image, mask in files], []
+        return [Sample(Path(image), partial(read_labels, Path(mask), *self.labels)) for image, mask in files], []

@@ -22,9 +22,8 @@ def seed_of(*numbers: int) -> int:
 class ShuffleByEpoch(RandomSampler):
     """A random order that depends only on the seed and the epoch, so that a resumed training continues with it.
 
-    Lightning calls ``set_epoch`` before each epoch; with several processes it uses a DistributedSampler instead. If the
-    data set has a tensor ``epoch`` in shared memory, ``set_epoch`` writes the epoch there, where persistent workers see
-    it too.
+    Lightning calls ``set_epoch`` before each epoch; with several processes it uses a DistributedSampler instead. A data
+    set's tensor ``epoch``, in shared memory, tells persistent workers the epoch.
 
     Example:
         >>> sampler = ShuffleByEpoch(range(100), seed=0)

@@ -8,9 +8,9 @@ from typing import Any
 
 from padprobe.errors import check_name
 from tasks.data.dense import DenseData
-from tasks.data.files import Masks, SaliencyFile, Sample, find_folder, pair
+from tasks.data.files import Masks, Sample, find_folder, pair, read_saliency
 
-LAYOUTS = {
+LAYOUTS = {  # folders of images and of masks; MSRA (10K, B) has JPEG images and PNG masks in one folder
     "plain": ("images", "masks"),
     "DUTS-TR": ("DUTS-TR-Image", "DUTS-TR-Mask"),
     "DUTS-TE": ("DUTS-TE-Image", "DUTS-TE-Mask"),
@@ -19,7 +19,6 @@ LAYOUTS = {
     "DUT-OMRON": ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
     "MSRA": ("Imgs", "Imgs"),
 }
-"""Subfolders with the images and the masks of a data set; MSRA (10K, B) has JPEG images and PNG masks in one folder."""
 
 
 @dataclass
@@ -31,8 +30,7 @@ class SaliencyFolder:
         layout: ``plain`` (``images/`` and ``masks/``) or the layout of a published data set: ``DUTS-TR``, ``DUTS-TE``,
             ``ECSSD``, ``PASCAL-S``, ``DUT-OMRON``, ``MSRA``.
         masks: ``binary``: any other value than 0 and 255 is an error. ``threshold``: values over half of the range are
-            salient. ``graded``: the loss takes the values as they are; for the scores, values over one half are
-            salient.
+            salient. ``graded``: the loss takes the values as they are; scores take those over one half as salient.
     """
 
     root: str
@@ -43,7 +41,7 @@ class SaliencyFolder:
         check_name(self.layout, LAYOUTS, "layout")
         root = find_folder(self.root)
         images, masks = LAYOUTS[self.layout]
-        return pair(root / images, root / masks, partial(SaliencyFile, masks=self.masks))
+        return pair(root / images, root / masks, partial(read_saliency, masks=self.masks))
 
 
 class SaliencyData(DenseData):

@@ -12,13 +12,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from padprobe.network.tap import center_crop
 from padprobe.stimuli import disc, fall, window
 from tasks.data.order import ShuffleByEpoch
 
-SEMANTIC_CLASSES = ("ground", "plant", "sky", "water", "object")
-IMAGE_CLASSES = ("discs", "squares", "triangles")
-
 GROUND, PLANT, SKY, WATER, OBJECT = range(5)
+SIDES = (0, 4, 3)  # of the leaves of each image class: discs, squares, triangles
 # hue, saturation, value; the colour of each leaf differs from these by a few hundredths
 LEAF_COLORS = [(0.08, 0.35, 0.5), (0.33, 0.5, 0.45), (0.53, 0.35, 0.9), (0.66, 0.7, 0.35)]
 LOOK_ALIKE_COLOR = (0.6, 0.55, 0.7)  # of sky and water, if only their position tells them apart
@@ -28,10 +27,10 @@ OBJECT_COLOR, DISTRACTOR_COLOR = (0.92, 0.8, 0.95), (0.13, 0.8, 0.95)
 class Scenes(Dataset[dict[str, Any]]):
     """Scenes of overlapping leaves with about three objects on top, and labels for three tasks.
 
-    Leaves are ground, plant, sky or water. All leaves of a scene have the same shape, which is the image's class. Radii
-    follow a power law, and leaves and objects also fall outside the canvas, so the *images* are stationary at every
-    setting: nothing in them shows where the border is. Only the *labels* depend on position, in a share
-    ``position_dependence`` of the scenes:
+    Leaves are ground, plant, sky or water. All leaves of a scene have the same shape, the image's class: disc, square
+    or triangle. Leaves and objects also fall outside the canvas, so the *images* are stationary at every setting:
+    nothing in them shows where the border is. Only the *labels* depend on position, in a share ``position_dependence``
+    of the scenes:
 
     - in a scene whose labels depend on appearance, objects have two colours, of which one is salient, and sky and water
       have different colours;
@@ -39,8 +38,8 @@ class Scenes(Dataset[dict[str, Any]]):
       salient; sky and water look the same, and a leaf is sky if its centre is in the upper half.
 
     Items are dictionaries: ``image`` float32 (3, S, S) in [0, 1]; ``mask`` float32 (1, S, S), 1 on salient objects, 0
-    elsewhere; ``labels`` int64 (S, S), indices in ``SEMANTIC_CLASSES``; ``label``, the index in ``IMAGE_CLASSES``.
-    Scene i depends only on (seed, i) and the settings.
+    elsewhere; ``labels`` int64 (S, S), ground, plant, sky, water, object; ``label``, the image's class. Scene i depends
+    only on (seed, i) and the settings.
 
     Args:
         n: number of scenes.
@@ -72,17 +71,13 @@ class Scenes(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.n:
             raise IndexError(f"scene {index} of {self.n}")
-        image, mask, labels, label = make_scene(
-            self.seed, index, self.image_size, self.position_dependence, self.context
-        )
-        if self.context:
-            c = self.context
-            mask, labels = mask[c:-c, c:-c], labels[c:-c, c:-c]
+        scene = make_scene(self.seed, index, self.image_size, self.position_dependence, self.context)
+        image, mask, labels = (torch.from_numpy(pixels) for pixels in scene[:3])
         return {
-            "image": torch.from_numpy(image).permute(2, 0, 1).float() / 255,
-            "mask": torch.from_numpy(mask)[None].float(),
-            "labels": torch.from_numpy(labels).long(),
-            "label": label,
+            "image": image.permute(2, 0, 1).float() / 255,
+            "mask": center_crop(mask, self.image_size)[None].float(),
+            "labels": center_crop(labels, self.image_size).long(),
+            "label": scene[3],
         }
 
 
@@ -96,7 +91,7 @@ def make_scene(
     """
     rng = np.random.default_rng([seed, index])
     by_position = rng.random() < position_dependence
-    label = int(rng.integers(len(IMAGE_CLASSES)))
+    label = int(rng.integers(len(SIDES)))
     size = image_size + 2 * context  # context changes neither the size nor the density of leaves and objects
     smallest, largest, radius = 0.07 * image_size, 0.35 * image_size, 0.11 * image_size
     leaves = list(
@@ -145,10 +140,10 @@ def _vary(rng: np.random.Generator, hsv: np.ndarray) -> np.ndarray:
 
 def _shape(leaf: np.ndarray, size: int, label: int, angle: float) -> tuple[tuple[slice, slice], np.ndarray]:
     """The bounding slices and the mask of a leaf: a disc, or the regular polygon inscribed in it."""
-    where, dx, dy = window(leaf, size)
-    radius, sides = leaf[2], (0, 4, 3)[label]
+    radius, sides = leaf[2], SIDES[label]
     if not sides:
-        return where, dx**2 + dy**2 <= radius**2
+        return disc(leaf, size)
+    where, dx, dy = window(leaf, size)
     inside = np.ones((dy.size, dx.size), bool)
     for a in angle + 2 * np.pi * np.arange(sides) / sides:
         inside &= dx * np.cos(a) <= radius * np.cos(np.pi / sides) - dy * np.sin(a)
@@ -188,16 +183,18 @@ class ScenesDataModule(LightningDataModule):
             Scenes(n, image_size, position_dependence, 3 * seed + k, context) for k, n in enumerate((train, val, test))
         )
 
+    def _loader(self, scenes: Scenes, **options: Any) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(scenes, self.batch_size, num_workers=self.num_workers, **options)
+
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        order = ShuffleByEpoch(self.train, self.seed)
-        return DataLoader(self.train, self.batch_size, sampler=order, drop_last=True, num_workers=self.num_workers)
+        return self._loader(self.train, sampler=ShuffleByEpoch(self.train, self.seed), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(self.val, self.batch_size, num_workers=self.num_workers)
+        return self._loader(self.val)
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(self.test, self.batch_size, num_workers=self.num_workers)
+        return self._loader(self.test)
 
     def label_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The training scenes in order, for the position-only baseline."""
-        return DataLoader(self.train, self.batch_size, num_workers=self.num_workers)
+        return self._loader(self.train)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from padprobe.cli import main
-from tasks.data.files import LabelFile, SaliencyFile, check_samples, pair, read_image
+from tasks.data.files import check_samples, pair, read_image, read_labels, read_saliency
 
 
 def gray(*values: int, shape=(8, 10)) -> np.ndarray:
@@ -55,7 +55,7 @@ def bad(pictures):
 
 
 def test_everything_that_is_wrong_is_named_once(pictures, bad):
-    read = partial(LabelFile, classes=11, ignore_index=11)
+    read = partial(read_labels, classes=11, ignore_index=11)
     samples, problems = pair(pictures.folder / "images/train", pictures.folder / "masks/train", read)
     problems += check_samples(samples)
     assert len(problems) == len(bad)
@@ -126,29 +126,29 @@ def test_a_config_without_data_is_named(tmp_path, capsys):
 def test_a_saliency_mask_is_read_as_it_is_told(pictures):
     graded = pictures("graded.png", gray(0, 51, 127, 128, 255))
     with pytest.raises(ValueError, match=r"graded.png: is not binary \(5 values"):
-        SaliencyFile(graded)()
-    assert set(np.unique(SaliencyFile(graded, "threshold")())) == {0, 1}
-    assert SaliencyFile(graded, "threshold")().mean() == pytest.approx(2 / 5)
-    assert np.allclose(SaliencyFile(graded, "graded")(), gray(0, 51, 127, 128, 255) / np.float32(255))
+        read_saliency(graded)
+    assert set(np.unique(read_saliency(graded, "threshold"))) == {0, 1}
+    assert read_saliency(graded, "threshold").mean() == pytest.approx(2 / 5)
+    assert np.allclose(read_saliency(graded, "graded"), gray(0, 51, 127, 128, 255) / np.float32(255))
     for name, pixels in {"ones": gray(0, 1), "usual": gray(0, 255)}.items():
-        assert np.array_equal(SaliencyFile(pictures(f"{name}.png", pixels))(), gray(0, 1))
+        assert np.array_equal(read_saliency(pictures(f"{name}.png", pixels)), gray(0, 1))
     dim = pictures("dim.png", gray(0, 100))
     with pytest.raises(ValueError, match=r"dim.png: its two values are 0 and 100"):
-        SaliencyFile(dim, "threshold")()
+        read_saliency(dim, "threshold")
     colors = pictures("rgb.png", np.repeat(gray(0, 255)[..., None], 3, 2))  # as some sets have them
-    assert np.array_equal(SaliencyFile(colors)(), gray(0, 1))
+    assert np.array_equal(read_saliency(colors), gray(0, 1))
 
 
 def test_pairs_that_could_be_either_are_named(pictures):
     pictures("images/a.jpg", photo())
     pictures("images/a.png", photo())
     pictures("masks/a.png", gray(0))
-    problems = pair(pictures.folder / "images", pictures.folder / "masks", SaliencyFile)[1]
+    problems = pair(pictures.folder / "images", pictures.folder / "masks", read_saliency)[1]
     assert problems == [f"{pictures.folder}/images/a.png: has the same stem as a.jpg"]
     with pytest.raises(ValueError, match=r"no data folder .*nowhere"):
-        pair(pictures.folder / "images", pictures.folder / "nowhere", SaliencyFile)
+        pair(pictures.folder / "images", pictures.folder / "nowhere", read_saliency)
     (pictures.folder / "none").mkdir()
-    assert "no image has a mask" in pair(pictures.folder / "none", pictures.folder / "none", SaliencyFile)[1][0]
+    assert "no image has a mask" in pair(pictures.folder / "none", pictures.folder / "none", read_saliency)[1][0]
 
 
 def test_a_gray_photo_has_three_channels(pictures):
