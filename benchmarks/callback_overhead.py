@@ -2,9 +2,9 @@
 
 python -m benchmarks.callback_overhead [--rounds 8] [--steps 2] [--batch-size 8] [--precision 32-true] [--kinds ...]
 
-One training runs in blocks of steps, in turn without the callback, with it, with `every_n_steps=2`, and with what is
-otherwise done: a second pass of the encoder for the probe. Prints each one's time beside that of the block without it
-in the same round (the mean over rounds, with its 95% interval, and the range), and the memory that it takes. The first
+One training runs in blocks of steps, in turn without the callback, with it, with `every_n_steps=2`, and with the usual
+alternative: a second pass of the encoder for the probe. Prints the time of each relative to the block without the
+callback in the same round (mean over rounds, its 95% interval, and the range), and the memory that it takes. The first
 round does not count.
 """
 
@@ -69,7 +69,9 @@ class Alternate(Callback):
             guest.on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         if batch_idx % self.steps == self.steps - 1:
             self.seconds[kind].append((clock() - self.start) / self.steps)
-            if torch.cuda.is_available() and (guest or not self.memory[kind]):  # without: before there is any readout
+            if torch.cuda.is_available() and (
+                guest or not self.memory[kind]
+            ):  # without the callback: before any readout exists
                 self.memory[kind] = max(self.memory[kind], torch.cuda.max_memory_allocated())
             if guest:
                 guest.teardown(trainer, module, "fit")
@@ -78,7 +80,7 @@ class Alternate(Callback):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2, help="of a block")
+    parser.add_argument("--steps", type=int, default=2, help="steps per block")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
@@ -111,7 +113,7 @@ if __name__ == "__main__":
         error = 1.96 * statistics.stdev(ratios) / len(ratios) ** 0.5
         spread = f"{statistics.mean(ratios):.3f} +- {error:.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
         memory = f"  {(alternate.memory[kind] - alternate.memory['without']) / 1e6:+.0f} MB" if cuda else ""
-        print(f"{kind:20} {statistics.median(seconds[1:]):8.4f} s a step  {spread}{memory}")
+        print(f"{kind:20} {statistics.median(seconds[1:]):8.4f} s per step  {spread}{memory}")
     probe = KINDS["with the callback"]._probes[""]
     features = 4 * options.batch_size * probe.readout.weight.shape[1] * probe.readout.grid**2
     heads = 3 * 4 * sum(p.numel() for p in probe.readout.parameters())

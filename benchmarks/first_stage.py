@@ -1,9 +1,9 @@
-"""What the readout of VGG16's first stages depends on: how their maps are resized to the readout's 28 x 28 cells.
+"""How the readout of VGG16's first stages depends on the way that their maps are resized to 28 x 28 cells.
 
 python benchmarks/first_stage.py --weights PATH --train DIR --test DIR [--limit-train 1000] [--limit-test 200]
 
 Trains the paper's readout (kernel 3) on f1 and on f2 alone, resized in several ways, and prints SPC of H, V and G.
-Padding reaches the outermost 2 pixels of f1 (3.5% of its cells): a resize that never samples them leaves it blind.
+Padding reaches the outermost 2 pixels of f1 (3.5% of its cells). A resize that never samples them hides them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     test = load_images(options.test, 224, options.limit_test, seed=1)
 
     def features(images):
-        """{(stage, resize): (B, C, 28, 28)} of a batch."""
+        """{(stage, resize): (B, C, 28, 28)} for a batch."""
         f1 = layers[:4](images)
         f2 = layers[4:9](f1)
         return {(s, way): resize(maps) for s, maps in (("f1", f1), ("f2", f2)) for way, resize in RESIZE.items()}
@@ -47,8 +47,8 @@ if __name__ == "__main__":
 
     caches, readouts, scores = {}, {}, {}
     with torch.inference_mode():
-        for indices, found in batches(train):
-            for key, maps in found.items():
+        for indices, aligned in batches(train):
+            for key, maps in aligned.items():
                 if key not in caches:
                     caches[key] = FeatureCache(len(train), maps.shape[1], 28, 100.0, None, torch.device("cpu"))
                 caches[key].write(indices, maps)
@@ -57,8 +57,8 @@ if __name__ == "__main__":
         readouts[key] = PosENet(cache.values.shape[1], ["H", "V", "G"], kernel_size)
         train_readouts({key: readouts[key]}, cache, lambda _, maps: maps)
     with torch.inference_mode():
-        for _, found in batches(test):
-            for key, maps in found.items():
+        for _, aligned in batches(test):
+            for key, maps in aligned.items():
                 scores.setdefault(key, []).append(score_maps(readouts[key](maps), readouts[key].maps)["spc"])
     print(f"SPC of H, V, G; {len(train)} training and {len(test)} test images")
     print("the paper (table 3)                f1: H .101, G .241; f2: H .344, G .404")

@@ -1,4 +1,4 @@
-"""What a probe costs beside a bare pass of the encoder over the same images.
+"""What a probe costs, compared with a bare pass of the encoder over the same images.
 
 python benchmarks/probe_cost.py --weights PATH --train DIR --test DIR [--limit-train 1200] [--limit-test 200] --out DIR
 
@@ -18,11 +18,11 @@ from padprobe.stimuli import load_images
 
 
 def bare_pass(encoder: torch.nn.Module, folder: str, n: int) -> float:
-    """Seconds an image of reading, decoding and encoding, in batches of 32."""
+    """Seconds per image for reading, decoding and encoding, in batches of 32."""
     images = load_images(folder, 224, n)
     loader = torch.utils.data.DataLoader(images, 32)
     with torch.inference_mode():
-        encoder(images[0][None])  # the first pass sets the convolutions up
+        encoder(images[0][None])  # the first pass also sets up the convolutions
         start = time.perf_counter()
         for batch in loader:
             encoder(batch)
@@ -35,7 +35,7 @@ if __name__ == "__main__":
         parser.add_argument(name, required=True)
     parser.add_argument("--limit-train", type=int, default=1200)
     parser.add_argument("--limit-test", type=int, default=200)
-    parser.add_argument("--bare", type=int, default=192, help="images of the bare pass")
+    parser.add_argument("--bare", type=int, default=192, help="images for the bare pass")
     options = parser.parse_args()
 
     name = "torchvision:vgg16"

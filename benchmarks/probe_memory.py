@@ -1,10 +1,10 @@
-"""Peak memory of `padprobe probe` as the training images grow, with a budget for their features.
+"""Peak memory of `padprobe probe` for more and more training images, with a budget for their features.
 
 python benchmarks/probe_memory.py --weights PATH --train DIR --test DIR --out DIR
     [--images 300 1200 4000] [--cache-gb 1]
 
-Each size runs in a process of its own (VGG16 at 224 px, five targets, the paper's readout, one epoch: further epochs
-take time, not memory); prints the features' size, the process's peak resident memory, and the seconds.
+Each size runs in a separate process: VGG16 at 224 px, five targets, the paper's readout, one epoch (more epochs take
+time, not memory). Prints the size of the features, the peak resident memory of the process, and the seconds.
 """
 
 import argparse

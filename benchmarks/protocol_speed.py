@@ -1,13 +1,13 @@
-"""The paper's protocol done literally beside padprobe's one pass, on the same images and machine.
+"""The paper's protocol done literally, compared with padprobe's one pass, on the same images and machine.
 
 python benchmarks/protocol_speed.py --weights PATH --train DIR --test DIR
     [--limit-train 64] [--limit-test 32] [--seeds 3]
 
-Literal: one training a target, an encoder pass a batch and epoch, the loss at 224 x 224, an encoder pass a target over
-the test images, scipy's SPC image by image. padprobe: `probe_encoder` with five targets and its RGB-only and permuted
-controls, without untrained twins. Prints both times, their ratio and both score tables. The times are of the first
-seed; for the others' scores the literal protocol reads features that are kept (the encoder is frozen: they are the
-same), so that the table has the spread over seeds without hours of the same passes again.
+Literal: one training per target, one encoder pass per batch and epoch, the loss at 224 x 224, one encoder pass per
+target over the test images, scipy's SPC image by image. padprobe: `probe_encoder` with five targets and its controls
+(image alone, permuted target), without untrained twins. Prints both times, their ratio and both score tables. The times
+are for the first seed. For the scores of the other seeds the literal protocol reads stored features, which are the same
+because the encoder is frozen; this shows the spread over seeds without repeating hours of passes.
 """
 
 import argparse
@@ -32,17 +32,17 @@ class Features:
     """The encoder's stages, resized to 28 x 28: (B, 1472, 28, 28)."""
 
     def __init__(self, encoder: nn.Module) -> None:
-        self.encoder, self.found = encoder.to(DEVICE), {}
+        self.encoder, self.stages = encoder.to(DEVICE), {}
         for stage in find_stages(encoder):
             encoder.get_submodule(stage).register_forward_hook(lambda m, args, out, s=stage: self.keep(s, out))
 
     def keep(self, stage: str, output: torch.Tensor) -> None:
-        self.found[stage] = F.interpolate(output, 28, mode="bilinear", align_corners=True)
+        self.stages[stage] = F.interpolate(output, 28, mode="bilinear", align_corners=True)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.encoder(images.to(DEVICE))
-        return torch.cat(list(self.found.values()), dim=1)
+        return torch.cat(list(self.stages.values()), dim=1)
 
 
 def literal(target: str, features, train, test, seed: int) -> list[float]:
@@ -89,7 +89,7 @@ if __name__ == "__main__":
     test = load_images(options.test, 224, options.limit_test, seed=1)
     seeds = range(options.seeds)
     with torch.inference_mode():
-        encoder.to(DEVICE)(train[0][None].to(DEVICE))  # the first pass sets the convolutions up
+        encoder.to(DEVICE)(train[0][None].to(DEVICE))  # the first pass also sets up the convolutions
 
     def probe(chosen):
         arguments = {"untrained": 0, "batch_size": BATCH, "cache_gb": 16.0}
@@ -98,19 +98,19 @@ if __name__ == "__main__":
         return {(row.target, row.seed): row.value for row in rows.itertuples()}
 
     start = clock()
-    ours = probe([0])
+    padprobe_scores = probe([0])
     fast = clock() - start
-    ours.update(probe(seeds[1:]) if len(seeds) > 1 else {})
+    padprobe_scores.update(probe(seeds[1:]) if len(seeds) > 1 else {})
 
     features = Features(encoder)
     start = clock()
-    theirs = {(target, 0): literal(target, features, train, test, 0) for target in TARGETS}
+    literal_scores = {(target, 0): literal(target, features, train, test, 0) for target in TARGETS}
     slow = clock() - start
     if len(seeds) > 1:
-        kept = [torch.cat([features(images).cpu() for images in DataLoader(part, 1)]) for part in (train, test)]
+        stored = [torch.cat([features(images).cpu() for images in DataLoader(part, 1)]) for part in (train, test)]
         for seed in seeds[1:]:
             for target in TARGETS:
-                theirs[target, seed] = literal(target, lambda batch: batch.to(DEVICE), *kept, seed)
+                literal_scores[target, seed] = literal(target, lambda batch: batch.to(DEVICE), *stored, seed)
 
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; {len(train)} training and {len(test)} test images, {EPOCHS} epochs")
@@ -118,8 +118,8 @@ if __name__ == "__main__":
     print(f"\nmean SPC over {len(test)} images and {len(seeds)} seeds (range over seeds)")
     differences = []
     for target in TARGETS:
-        a = [sum(theirs[target, seed]) / len(test) for seed in seeds]
-        b = [ours[target, seed] for seed in seeds]
+        a = [sum(literal_scores[target, seed]) / len(test) for seed in seeds]
+        b = [padprobe_scores[target, seed] for seed in seeds]
         differences.append(abs(sum(a) - sum(b)) / len(seeds))
         text = "  ".join(f"{sum(v) / len(v):.3f} ({min(v):.3f} .. {max(v):.3f})" for v in (a, b))
         print(f"{target:3} literal, padprobe  {text}  |difference| {differences[-1]:.3f}")

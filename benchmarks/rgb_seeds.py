@@ -1,9 +1,9 @@
-"""How much the image-alone rows (the paper's PosENet) depend on the readout's initial weights.
+"""How much the rows of the image alone (the paper's PosENet) depend on the initial weights of the readout.
 
 python benchmarks/rgb_seeds.py --train DIR --test DIR [--limit-train 1000] [--limit-test 200] [--seeds 8]
 
-Trains the readout (kernel 3; padded by 0, 1 and 2) on the image alone from several initial weights, on the same images
-in the same order, and prints the lowest, the median and the highest SPC of H, V and G.
+Trains the readout (kernel 3; padded by 0, 1 and 2) on the image alone from several random initializations, on the same
+images in the same order, and prints the lowest, the median and the highest SPC of H, V and G.
 """
 
 import argparse
@@ -42,8 +42,8 @@ if __name__ == "__main__":
     print("the paper (tables 1 and 4): padded by 0 H .012, V .131, G -.001; by 1 H .274, G .205; by 2 H .397, G .380")
     with torch.inference_mode():
         for padding in PADDINGS:
-            found = [readouts[padding, seed] for seed in range(options.seeds)]
-            spc = torch.stack([score_maps(readout(test), readout.maps)["spc"].mean(0) for readout in found]).T
+            trained = [readouts[padding, seed] for seed in range(options.seeds)]
+            spc = torch.stack([score_maps(readout(test), readout.maps)["spc"].mean(0) for readout in trained]).T
             for target, values in zip(TARGETS, spc.tolist(), strict=True):
                 low, *_, high = sorted(values)
                 middle = torch.tensor(values).quantile(0.5)
