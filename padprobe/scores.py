@@ -23,7 +23,7 @@ def average_ranks(values: Tensor) -> Tensor:
     n = values.shape[-1]
     index = torch.arange(n, device=values.device).expand(values.shape)
     edge = ordered[..., 1:] != ordered[..., :-1]
-    true = torch.ones_like(edge[..., :1])
+    true = torch.ones_like(values[..., :1], dtype=torch.bool)  # also where there is one value
     first = torch.where(torch.cat([true, edge], -1), index, 0).cummax(-1).values
     last = torch.where(torch.cat([edge, true], -1), index, n - 1).flip(-1).cummin(-1).values.flip(-1)
     shared = (first + last).double() / 2

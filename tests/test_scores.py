@@ -8,7 +8,7 @@ from scipy.stats import bootstrap, spearmanr
 
 from padprobe import position_maps, spearman
 from padprobe.results import summarize
-from padprobe.scores import BorderProfile, PositionScores, constant_error, is_constant, rings
+from padprobe.scores import BorderProfile, PositionScores, average_ranks, constant_error, is_constant, rings
 
 few_values = st.sampled_from([-2.5, -1.0, 0.0, 1.0, 3.0])  # many ties, and often a constant
 values = st.floats(-1e6, 1e6, width=32)
@@ -167,3 +167,11 @@ def test_the_border_profile_finds_where_the_map_is_right():
         assert scores["spc"][3, 1, ring] == pytest.approx(expected, abs=1e-6)
     constant = profile.score(target.mean((1, 2))[None, :, None, None] + 1e-9 * prediction)
     assert constant["spc"].abs().max() == 0
+
+
+def test_a_map_of_an_odd_side_has_one_pixel_in_the_middle_which_has_no_order():
+    maps = position_maps(5, ["H", "V"])
+    profile = BorderProfile(maps, 1.0).score(maps[None])
+    assert [len(ring) for ring in rings(5, 5, 1.0)] == [16, 8, 1]
+    assert torch.allclose(profile["spc"], torch.tensor([1.0, 1.0, 0.0]).expand(1, 2, 3))
+    assert average_ranks(torch.tensor([[3.0]])).tolist() == [[0.0]]

@@ -93,7 +93,8 @@ def context_size(encoder: nn.Module, image_size: int, stages: Sequence[str] | No
             return size, wanted
     raise ValueError(
         f"no image size up to {8 * image_size} px gives {type(encoder).__name__} without padding the maps that it has "
-        f"with padding at {image_size} px, evenly cropped: try an image_size of {image_size + 1}, or leave context out"
+        f"with padding at {image_size} px, evenly cropped: another image_size may fit, but none where shortcuts go "
+        "around convolutions (ResNets): leave context out then"
     )
 
 
