@@ -84,11 +84,10 @@ class ProbeOptions:
             value, least = getattr(self, field.name), field.metadata["least"]
             if least is not None and value is not None and value < least:
                 raise ValueError(f"{field.name} is {value}; expected {least} or more")
-            several = isinstance(default_of(field), list)
-            if (several and not isinstance(value, (list, tuple, str))) or (
-                hasattr(value, "__len__") and not len(value)
-            ):
+            if isinstance(default_of(field), list) and (value is None or isinstance(value, (int, float))):
                 raise ValueError(f"{field.name} is {value!r}; expected a list of at least one")
+            if hasattr(value, "__len__") and not len(value):
+                raise ValueError(f"{field.name} is empty; expected at least one")
         for target in self.targets:
             if isinstance(target, str):
                 check_name(target, TARGETS, "target")

@@ -493,7 +493,6 @@ def test_folders_that_split_a_study_are_joined(tiny, tmp_path):
         only("a", options={"config": 5}),
         *(lambda s, train=train: s.update(train=train) for train in (5, [], {"class_path": "nope.X"})),
         lambda s: s.update(test={"x": 5}),
-        lambda s: s.update(targets=["H", "[H]"]),
         lambda s: s.update(image_size=2**70),
         lambda s: s.update(train=datetime.date(2020, 1, 1)),
     ],
