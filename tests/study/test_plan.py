@@ -186,6 +186,7 @@ def test_bad_options_are_named(study, options, message):
         (lambda s: options_of("sod-valid")(s).update(readouts=[{"kernel_size": 4}]), "expected an odd number"),
         (lambda s: options_of("sod-valid")(s).update(readouts=[]), "'sod-valid': readouts is empty"),
         (lambda s: options_of("sod-valid")(s).update(seeds=[]), "'sod-valid': seeds is empty"),
+        (lambda s: options_of("sod-valid")(s).update(targets=["H", "[H]"]), r"'sod-valid': unknown target '\[H\]'"),
         (lambda s: options_of("sod-valid")(s).update(padding=[]), "padding of encoder 'sod-valid' is empty"),
         (lambda s: options_of("sod-valid")(s).update(needs={"ABC": "data.root"}), "unknown data 'ABC'"),
         (lambda s: s.update(epochs=0), "epochs is 0; expected 1 or more"),
