@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +25,8 @@ COLUMNS = (
     *("stimulus", "target", "metric", "value", "ci_low", "ci_high", "n"),
 )
 RUNS = (
-    *("run", "group", "pair", "encoder", "weights", "task", "padding", "seed"),
-    *("image_px", "source_px", "shown_px", "n_train", "how"),
+    *("run", "group", "pair", "encoder", "weights", "task", "padding", "position_embedding", "seed"),
+    *("image_px", "source_px", "shown_px", "image_width", "source_width", "shown_width", "n_train", "how"),
 )
 TRAJECTORY = ("run", "step", "target", "metric", "value")
 PROFILE = ("run", "seed", *READOUT, "stimulus", "target", "distance", "metric", "value", "ci_low", "ci_high", "n")
@@ -46,6 +47,8 @@ REFERENCES = (
 )
 CLAIMS = ("claim", "says", "part", "value", "ci_low", "ci_high", "bound", "verdict", "claim_verdict")
 
+_WIDTHS = {"image_width": "image_px", "source_width": "source_px", "shown_width": "shown_px"}
+"""Columns of widths, and those of the heights that they equal in files without them."""
 _TABLES = {
     "rows": ("results.csv", COLUMNS),
     "runs": ("runs.csv", RUNS),
@@ -57,7 +60,7 @@ _TABLES = {
 }
 _NUMBERS = (
     *("kernel_size", "depth", "head_padding", "seed", "value", "ci_low", "ci_high", "n", "distance", "step"),
-    *("image_px", "source_px", "shown_px", "n_train"),
+    *("image_px", "source_px", "shown_px", "image_width", "source_width", "shown_width", "n_train"),
 )
 
 
@@ -73,11 +76,13 @@ class Results:
         rows: one row per measurement (``results.csv``, :data:`COLUMNS`). ``n`` counts images. A task's score has an
             empty ``readout`` and ``target``; ``readout`` is "variance" where no readout is involved (eta2, reach).
         runs: one row per run (``runs.csv``, :data:`RUNS`). ``group``: runs that differ only in their seed share it.
-            ``pair``: runs that differ only in their padding share it. ``image_px``: side of the image that maps are
-            predicted for; ``source_px``: side at which images were read; ``shown_px``: side that the encoder saw, which
-            is larger where an unpadded encoder saw the image's surroundings. ``how``: how the run was made, in words.
+            ``pair``: runs that differ only in their padding or position embedding share it. ``position_embedding``:
+            "learned", "none" or "shuffled", "" for a network without. ``image_px``: height of the image that maps are
+            predicted for; ``source_px``: height at which images were read; ``shown_px``: height that the encoder saw,
+            which is larger where an unpadded encoder saw the image's surroundings; ``image_width``, ``source_width``
+            and ``shown_width``: their widths. ``how``: how the run was made, in words.
         trajectory: one row per value logged in a training (:data:`TRAJECTORY`); a task's metric has an empty target.
-        maps: mean maps over the images of a stimulus, shape (S, S), under ``run/stimulus/target/prediction`` and
+        maps: mean maps over the images of a stimulus, shape (H, W), under ``run/stimulus/target/prediction`` and
             ``run/stimulus/target/error`` (mean absolute error); and, under ``run/stimulus/STAGE/eta2``, the share of a
             stage's variance that position explains, cell by cell, shape (grid, grid).
         profile: one row per measurement at one distance to the nearest border, in pixels (:data:`PROFILE`).
@@ -130,6 +135,8 @@ class Results:
                         table[column] = pd.to_numeric(table[column])
                 if name == "rows" and "readout" in table and "scale" not in table:
                     table = _with_scale(table)
+                if name == "runs":
+                    table = table.assign(**{w: table[h] for w, h in _WIDTHS.items() if w not in table and h in table})
                 lacking = [column for column in columns if column not in table]
                 if lacking and name == "rows":
                     raise ValueError(f"{str(folder / file)!r} lacks the column(s) {', '.join(lacking)}")
@@ -221,18 +228,49 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
         raise
 
 
-@functools.lru_cache(maxsize=8)
-def _resamples(n: int) -> np.ndarray:
-    """How often each of n images is in each of 1,000 samples of n with replacement, divided by n: (1000, n)."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000) / n
+@functools.lru_cache(maxsize=64)
+def t_quantile(df: int) -> float:
+    """The 97.5% quantile of Student's t with ``df`` degrees of freedom: half the width of a 95% interval.
+
+    With t = sqrt(df) tan(a), the density of a is proportional to cos(a)^(df - 1).
+
+    Example:
+        >>> round(t_quantile(2), 3), round(t_quantile(9), 3), round(t_quantile(100_000), 3)
+        (4.303, 2.262, 1.96)
+    """
+    steps = np.linspace(0, np.pi / 2, 200_001)
+    mass = np.cumsum(np.cos((steps[:-1] + steps[1:]) / 2) ** (df - 1))
+    return float(np.sqrt(df) * np.tan(np.interp(0.95, mass / mass[-1], steps[1:])))
 
 
-def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[str, Any]]:
+def twins_half_width(spread: Any, k: int) -> Any:
+    """Half the width of the 95% interval of a network's score minus the mean score of k twins, for their part.
+
+    ``spread`` is the standard deviation of the twins' scores, a number or an array. The interval holds 0 where the
+    network is one more of its twins. It is NaN for a single twin, which has no spread.
+
+    Example:
+        >>> round(twins_half_width(0.1, k=3), 3)
+        0.497
+    """
+    return t_quantile(k - 1) * spread * math.sqrt(1 + 1 / k) if k > 1 else spread * math.nan
+
+
+def summarize(
+    scores: Mapping[str, Tensor], targets: Sequence[str], twins: Tensor | None = None
+) -> list[dict[str, Any]]:
     """One row per target and metric from scores per image.
 
-    ``scores`` are by metric, each (n, T). A row has ``target``, ``metric``, ``value`` (the mean over images; of
-    ``constant`` the number of images), ``ci_low`` and ``ci_high`` (95% percentile bootstrap over images with 1,000
-    resamples; NaN for a single image or a count) and ``n``.
+    Args:
+        scores: by metric, each (n, T).
+        targets: their names.
+        twins: the SPC of k untrained twins, (k, n, T), where ``scores`` has a ``delta``.
+
+    Returns:
+        Rows with ``target``, ``metric``, ``value`` (the mean over images; of ``constant`` the number of images),
+        ``ci_low`` and ``ci_high`` (the 95% t interval over images; NaN for a single image or a count) and ``n``. The
+        half-width of delta's interval is that over images and :func:`twins_half_width`, added in quadrature. For a
+        single image it is the latter, for a single twin NaN.
 
     Example:
         >>> import torch
@@ -245,9 +283,14 @@ def summarize(scores: dict[str, Tensor], targets: Sequence[str]) -> list[dict[st
         per_image = values.double().cpu().numpy()  # (n, T)
         n = len(per_image)
         mean = per_image.sum(0) if metric == "constant" else per_image.mean(0)
-        low = high = np.full_like(mean, np.nan)
+        half = np.full_like(mean, np.nan)
         if n > 1 and metric != "constant":
-            low, high = np.percentile(_resamples(n) @ per_image, [2.5, 97.5], axis=0)
+            half = t_quantile(n - 1) * per_image.std(0, ddof=1) / math.sqrt(n)
+        if metric == "delta" and twins is not None:
+            of_twins = twins.double().cpu().numpy().mean(1)  # (k, T)
+            spread = of_twins.std(0, ddof=min(1, len(of_twins) - 1))
+            half = np.hypot(half if n > 1 else 0, twins_half_width(spread, len(of_twins)))
+        low, high = mean - half, mean + half
         for i, target in enumerate(targets):
             row = {"target": target, "metric": metric, "value": mean[i], "ci_low": low[i], "ci_high": high[i], "n": n}
             rows.append(row)

@@ -8,6 +8,8 @@ from torchmetrics import Metric
 
 CONSTANT_RANGE = 1e-5
 """A prediction counts as constant if its range is below this fraction of its target's range."""
+CHUNK = 2**18
+"""Maps are ranked in parts of about this many values (five maps of 224 x 224 px): ranking takes 57 bytes per value."""
 
 
 def average_ranks(values: Tensor) -> Tensor:
@@ -19,6 +21,16 @@ def average_ranks(values: Tensor) -> Tensor:
         >>> average_ranks(torch.tensor([3.0, 1.0, 3.0, 9.0]))
         tensor([1.5000, 0.0000, 1.5000, 3.0000], dtype=torch.float64)
     """
+    n = values.shape[-1]
+    ranks = torch.empty(values.shape, dtype=torch.float64, device=values.device)
+    rows, places = values.reshape(-1, n), ranks.view(-1, n)
+    for part, place in zip(*(maps.split(max(CHUNK // n, 1)) for maps in (rows, places)), strict=True):
+        place.copy_(_rank_rows(part))
+    return ranks
+
+
+def _rank_rows(values: Tensor) -> Tensor:
+    """:func:`average_ranks` of rows (m, n), all at once."""
     ordered, order = values.sort(dim=-1)
     n = values.shape[-1]
     index = torch.arange(n, device=values.device).expand(values.shape)
@@ -146,8 +158,7 @@ def score_maps(prediction: Tensor, target: Tensor, target_ranks: Tensor | None =
         raise ValueError("a prediction has NaN or infinite values, which have no rank: check the features behind it")
     ranks = standard_ranks(target) if target_ranks is None else target_ranks
     constant = is_constant(prediction, target)
-    # one image at a time on a CPU: ranking all at once takes twice as long, for the memory of its large temporaries
-    parts = prediction.split(1 if prediction.device.type == "cpu" else len(prediction))
+    parts = prediction.split(max(CHUNK // ranks.numel(), 1))
     spc = torch.cat([(standard_ranks(part) * ranks).sum(-1) for part in parts])
     mae = mean_absolute_error(prediction, target)
     return {
@@ -178,7 +189,7 @@ class BorderProfile:
 
     def __init__(self, target: Tensor, width: float) -> None:
         self.target = target.flatten(1)
-        self.rings = rings(target.shape[-2], target.shape[-1], width)
+        self.rings = rings(border_distance(target.shape[-2], target.shape[-1]), width)
         self.distances = [(i + 0.5) * width for i in range(len(self.rings))]
         self._ranks = [standard_ranks(self.target[:, ring, None]) for ring in self.rings]
 
@@ -197,18 +208,36 @@ class BorderProfile:
         return {"spc": torch.stack(spc, -1), "mae": torch.stack(mae, -1)}
 
 
-def rings(height: int, width: int, ring_width: float) -> list[Tensor]:
-    """The pixels of a map by their distance to the nearest border, as flat indices, one tensor per ring.
+def border_distance(height: int, width: int, cell: tuple[float, float] = (1.0, 1.0), first: float = 0.5) -> Tensor:
+    """The distance of each cell of a map to the nearest of its four borders: (height, width), float32.
 
-    Ring i holds the pixels whose centres lie at distances from i to i + 1 ring widths (exclusive), in pixels.
+    Args:
+        height, width: of the map in cells.
+        cell: height and width of a cell, in the unit of the distances.
+        first: distance of the outermost cells' centres from the border, in cells; 0 where they lie on it.
 
     Example:
-        >>> [ring.tolist() for ring in rings(3, 4, 1)]
+        >>> border_distance(3, 5, cell=(2, 1))
+        tensor([[0.5000, 1.0000, 1.0000, 1.0000, 0.5000],
+                [0.5000, 1.5000, 2.5000, 1.5000, 0.5000],
+                [0.5000, 1.0000, 1.0000, 1.0000, 0.5000]])
+    """
+    y, x = torch.arange(height), torch.arange(width)
+    rows = (torch.minimum(y, height - 1 - y) + first) * cell[0]
+    columns = (torch.minimum(x, width - 1 - x) + first) * cell[1]
+    return torch.minimum(rows[:, None], columns[None, :])
+
+
+def rings(distance: Tensor, width: float) -> list[Tensor]:
+    """The pixels or cells of a map by their distance to the border, as flat indices, one tensor per ring.
+
+    Ring i holds those at distances from i to i + 1 ring widths (exclusive).
+
+    Example:
+        >>> [ring.tolist() for ring in rings(border_distance(3, 4), 1)]
         [[0, 1, 2, 3, 4, 7, 8, 9, 10, 11], [5, 6]]
     """
-    y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
-    distance = torch.minimum(torch.minimum(y, height - 1 - y), torch.minimum(x, width - 1 - x)) + 0.5
-    ring = (distance / ring_width).int().flatten()
+    ring = (distance / width).int().flatten()
     return [torch.nonzero(ring == i)[:, 0] for i in range(int(ring.max()) + 1)]
 
 

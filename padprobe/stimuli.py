@@ -9,11 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+from padprobe.errors import check_number
+from padprobe.images import IMAGE_SUFFIXES, find_images, read_image
+from padprobe.maps import Size, size_pair
+
 STIMULI = ("black", "white", "noise", "dead_leaves")
 """Names of the generated stimuli."""
 
@@ -26,13 +29,14 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-def load_images(source: str | Path | Images, image_size: int = 224, limit: int | None = None, seed: int = 0) -> Images:
+def load_images(source: str | Path | Images, image_size: Size = 224, limit: int | None = None, seed: int = 0) -> Images:
     """Loads the images of a generated stimulus, a folder or a data set.
 
     Args:
         source: ``"black"`` or ``"white"`` (one image each), ``"noise"`` (8 images by default), ``"dead_leaves"`` (300
             images by default); a folder, which is searched with its subfolders; or a data set, which is used as it is.
-        image_size: side of the images in pixels. Images of a folder are squashed to a square, as in the paper.
+        image_size: size of the images in pixels: (height, width), or one number for a square. Images of a folder are
+            squashed to it, as the paper squashes them to a square.
         limit: the most images to use: a random sample of a folder or data set; the number of images of noise or dead
             leaves.
         seed: seed of the sample and of the generated stimuli.
@@ -48,11 +52,11 @@ def load_images(source: str | Path | Images, image_size: int = 224, limit: int |
     """
     if isinstance(source, str) and not source:
         raise ValueError("the name of the image folder is empty: is an environment variable not set?")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least one image")
+    if limit is not None:
+        check_number("limit", limit, int, least=1)
     if isinstance(source, (str, Path)):
         if source in ("black", "white"):
-            return torch.full((1, 3, image_size, image_size), float(source == "white"))  # type: ignore[return-value]
+            return torch.full((1, 3, *size_pair(image_size)), float(source == "white"))  # type: ignore[return-value]
         if source == "noise":
             return dark_noise(limit or 8, image_size, seed)  # type: ignore[return-value]
         if source == "dead_leaves":
@@ -91,13 +95,14 @@ def image_of(item: Any) -> Tensor:
 
 
 class ImageFolder(Dataset[Tensor]):
-    """The images in a folder, squashed to squares: items of shape (3, S, S), float32 in [0, 1].
+    """The images in a folder, squashed to one size: items of shape (3, H, W), float32 in [0, 1].
 
     All images are opened once at the start, so that a broken one is reported before the work and not in the middle.
 
     Args:
-        folder: searched with its subfolders for jpg, png, bmp, webp and tif files. Hidden files are skipped.
-        image_size: S in pixels.
+        folder: searched with its subfolders for jpg, png, bmp, webp and tif files, see
+            :func:`~padprobe.images.find_images`. How a file is read: :func:`~padprobe.images.read_image`.
+        image_size: (H, W) in pixels, or one number for a square.
         limit: use a random sample of at most this many images.
         seed: seed of the sample.
 
@@ -112,46 +117,35 @@ class ImageFolder(Dataset[Tensor]):
         torch.Size([3, 16, 16])
     """
 
-    def __init__(self, folder: str | Path, image_size: int = 224, limit: int | None = None, seed: int = 0) -> None:
+    def __init__(self, folder: str | Path, image_size: Size = 224, limit: int | None = None, seed: int = 0) -> None:
         folder = Path(folder)
         if not folder.is_dir():
             names = [*STIMULI, *(p.name for p in folder.parent.glob("*/"))]
             near = difflib.get_close_matches(folder.name, names)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"{str(folder)!r} is neither a folder nor one of the stimuli {', '.join(STIMULI)}{hint}")
-        paths = sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-        )
+        paths = find_images(folder)
         if not paths:
             raise ValueError(f"no images in folder {str(folder)!r}: looked for {', '.join(IMAGE_SUFFIXES)} files")
         if limit is not None and limit < len(paths):
             chosen = np.random.default_rng(seed).permutation(len(paths))[:limit]
             paths = [paths[i] for i in sorted(chosen)]
-        self.paths, self.image_size = paths, image_size
+        self.paths, self.size = paths, size_pair(image_size)
         for path in paths:  # about 2 ms per image
-            self._open(path)
-
-    @staticmethod
-    def _open(path: Path) -> Image.Image:
-        try:
-            with Image.open(path) as file:
-                file.load()
-                return file
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+            read_image(path)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = self._open(self.paths[index]).convert("RGB")
-        if image.size != (self.image_size, self.image_size):
-            image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+        image = Image.fromarray(read_image(self.paths[index]))
+        if image.size != self.size[::-1]:  # Pillow's sizes are (width, height)
+            image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def dark_noise(n: int, image_size: int = 224, seed: int = 0) -> Tensor:
-    """Noise as dark as the authors' image: (n, 3, S, S), float32 in [0, 1], independent in every pixel and channel.
+def dark_noise(n: int, image_size: Size = 224, seed: int = 0) -> Tensor:
+    """Noise as dark as the authors' image: (n, 3, H, W), float32 in [0, 1], independent in every pixel and channel.
 
     Exponential with mean 25/255, clipped at 200/255. The authors' image has mean 25, standard deviation 24 and maximum
     200 (of 255); they do not state its distribution.
@@ -161,14 +155,15 @@ def dark_noise(n: int, image_size: int = 224, seed: int = 0) -> Tensor:
         >>> noise.shape, round(noise.mean().item(), 1)
         (torch.Size([2, 3, 64, 64]), 0.1)
     """
-    values = np.random.default_rng(seed).exponential(25, (n, 3, image_size, image_size)).clip(0, 200).round() / 255
+    values = np.random.default_rng(seed).exponential(25, (n, 3, *size_pair(image_size))).clip(0, 200).round() / 255
     return torch.from_numpy(values.astype(np.float32))
 
 
-def dead_leaves(n: int, image_size: int = 224, seed: int = 0) -> Tensor:
-    """Dead-leaves images: discs of random colours that cover one another; (n, 3, S, S), float32 in [0, 1].
+def dead_leaves(n: int, image_size: Size = 224, seed: int = 0) -> Tensor:
+    """Dead-leaves images: discs of random colours that cover one another; (n, 3, H, W), float32 in [0, 1].
 
-    Radii follow the power law r^-3 from 0.03 S to 0.3 S, the classical model of the statistics of natural images.
+    Radii follow the power law r^-3 from 0.03 S to 0.3 S, where S is the shorter side: the classical model of the
+    statistics of natural images. 800 leaves fall on a square; other shapes have as many per area.
     Leaves also fall beyond the canvas, so the statistics of a pixel, or of a pair of pixels, do not depend on where it
     is: the stimulus is stationary. Image i depends on (seed, i, image_size) alone.
 
@@ -177,17 +172,21 @@ def dead_leaves(n: int, image_size: int = 224, seed: int = 0) -> Tensor:
         >>> leaves.shape, torch.equal(leaves[:1], dead_leaves(1, image_size=32, seed=3))
         (torch.Size([2, 3, 32, 32]), True)
     """
-    images = np.empty((n, image_size, image_size, 3), np.float32)
+    height, width = size = size_pair(image_size)
+    side = min(size)
+    smallest, largest = 0.03 * side, 0.3 * side
+    count = round(800 * (height + 2 * largest) * (width + 2 * largest) / (side + 2 * largest) ** 2)
+    images = np.empty((n, height, width, 3), np.float32)
     for i in range(n):
         rng = np.random.default_rng([seed, i])
         images[i] = rng.random(3)
-        for leaf in fall(rng, 800, image_size, 0.03 * image_size, 0.3 * image_size):
-            where, inside = disc(leaf, image_size)
+        for leaf in fall(rng, count, size, smallest, largest):
+            where, inside = disc(leaf, size)
             images[i][where][inside] = rng.random(3)
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-def fall(rng: np.random.Generator, count: int, size: int, smallest: float, largest: float) -> Iterator[np.ndarray]:
+def fall(rng: np.random.Generator, count: int, size: Size, smallest: float, largest: float) -> Iterator[np.ndarray]:
     """Random leaves (x, y, radius), in pixels, that fall on a canvas and beyond its border; the lowest comes first.
 
     Centres are uniform up to ``largest`` pixels outside the canvas, so that the canvas shows a part of an endless
@@ -196,7 +195,7 @@ def fall(rng: np.random.Generator, count: int, size: int, smallest: float, large
     Args:
         rng: the source of random numbers.
         count: number of leaves, those that miss the canvas included.
-        size: side of the canvas.
+        size: of the canvas: (height, width), or one number for a square.
         smallest: least radius.
         largest: greatest radius; radii between them follow r^-3.
 
@@ -205,14 +204,15 @@ def fall(rng: np.random.Generator, count: int, size: int, smallest: float, large
         >>> len(leaves) <= 10, leaves[0].shape
         (True, (3,))
     """
+    height, width = size_pair(size)
     u = rng.random(count)
     radius = (smallest**-2 - u * (smallest**-2 - largest**-2)) ** -0.5
-    x, y = rng.uniform(-largest, size + largest, (2, count))
-    hits = (x + radius > 0) & (x - radius < size) & (y + radius > 0) & (y - radius < size)
+    x, y = rng.uniform(-largest, [[width + largest], [height + largest]], (2, count))
+    hits = (x + radius > 0) & (x - radius < width) & (y + radius > 0) & (y - radius < height)
     return iter(np.stack([x, y, radius], axis=1)[hits])
 
 
-def disc(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
+def disc(leaf: Sequence[float] | np.ndarray, size: Size) -> tuple[tuple[slice, slice], np.ndarray]:
     """The part of a disc (x, y, radius) that lies on a canvas: (rows, columns) slices and the mask inside them.
 
     Example:
@@ -224,7 +224,7 @@ def disc(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, sl
     return where, dx**2 + dy**2 <= leaf[2] ** 2
 
 
-def window(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+def window(leaf: Sequence[float] | np.ndarray, size: Size) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
     """A leaf's bounding box on a canvas: (rows, columns) slices, and the distances of its pixels from the leaf's centre
     along x, (1, w), and along y, (h, 1).
 
@@ -234,7 +234,8 @@ def window(leaf: Sequence[float] | np.ndarray, size: int) -> tuple[tuple[slice, 
         (slice(5, 8, None), slice(0, 4, None), [[-1.0, 0.0, 1.0, 2.0]])
     """
     x, y, radius = leaf
-    top, bottom = max(int(y - radius), 0), min(int(y + radius) + 2, size)
-    left, right = max(int(x - radius), 0), min(int(x + radius) + 2, size)
+    height, width = size_pair(size)
+    top, bottom = max(int(y - radius), 0), min(int(y + radius) + 2, height)
+    left, right = max(int(x - radius), 0), min(int(x + radius) + 2, width)
     dx, dy = np.arange(left, right) + (0.5 - x), np.arange(top, bottom) + (0.5 - y)
     return (slice(top, bottom), slice(left, right)), dx[None, :], dy[:, None]

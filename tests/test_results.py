@@ -55,6 +55,15 @@ def test_results_of_version_0_1_are_read(tmp_path):
     assert loaded.runs[["run", "group", "pair"]].values.tolist() == [["a", "a", "a"]]
 
 
+def test_runs_without_widths_had_square_images(tmp_path):
+    ours = results()
+    ours.runs = ours.runs.assign(source_px=300, shown_px=260)
+    ours.save(tmp_path)
+    widths = ["image_width", "source_width", "shown_width"]
+    assert not set(widths).intersection(pd.read_csv(tmp_path / "runs.csv"))
+    assert Results.load(tmp_path).runs[widths].values.tolist() == [[224, 300, 260]]
+
+
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no results\.csv"):
         Results.load(tmp_path)
