@@ -1,8 +1,8 @@
-"""Loads an encoder by name or from a checkpoint, and makes untrained twins of it."""
+"""Loads an encoder by name or from a checkpoint."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from padprobe.errors import check_name, require
+from padprobe.maps import Size, size_pair
+from padprobe.network.embedding import EMBEDDING_MODES, set_position_embedding
 from padprobe.network.padding import PADDING_MODES, set_padding
 
 
@@ -20,6 +22,8 @@ def load_encoder(
     padding: str = "zeros",
     seed: int = 0,
     options: dict[str, Any] | None = None,
+    image_size: Size | None = None,
+    position_embedding: str = "learned",
 ) -> nn.Module:
     """Loads an encoder by name, in evaluation mode.
 
@@ -32,10 +36,15 @@ def load_encoder(
         padding: see :func:`~padprobe.set_padding`. ``"zeros"`` leaves the network as it was built or trained.
         seed: seed of untrained weights. The global random state is left alone.
         options: further arguments of the library's constructor, such as ``config`` and ``out_channels`` of smp's VGG.
+        image_size: the size in pixels to build the network for, where timm's constructor takes one (``img_size``). A
+            ViT runs on images of this size alone.
+        position_embedding: see :func:`~padprobe.network.embedding.set_position_embedding`. ``"learned"`` leaves the
+            network as it was built or trained.
 
     Raises:
-        ValueError: for an unknown library, architecture, weight name or padding mode (with the nearest valid names),
-            and for a weights file that does not fit the architecture.
+        ValueError: for an unknown library, architecture, weight name, padding mode or position embedding (with the
+            nearest valid names), for a weights file that does not fit the architecture, and for a network whose
+            position embedding cannot be set.
 
     Example:
         >>> encoder = load_encoder("torchvision:squeezenet1_1", padding="valid", seed=3)
@@ -43,6 +52,7 @@ def load_encoder(
         (torch.Size([16, 64, 1, 1]), False)
     """
     check_name(padding, PADDING_MODES, "padding mode")
+    check_name(position_embedding, EMBEDDING_MODES, "position embedding")
     if str(name).endswith(".ckpt"):
         _check_weights(weights, [])
         encoder = _from_checkpoint(Path(name))
@@ -55,11 +65,20 @@ def load_encoder(
         check_name(library, _BUILD, "encoder library")
         with torch.random.fork_rng(devices=[]), require("tasks"):
             torch.manual_seed(seed)
-            encoder = _BUILD[library](architecture, weights, options or {})
+            build = functools.partial(_BUILD[library], architecture, weights)
+            try:
+                sized = {"img_size": size_pair(image_size)} if image_size and library == "timm" else {}
+                encoder = build({**sized, **(options or {})})
+            except TypeError as error:  # timm's convolutional networks take images of any size
+                if "img_size" not in str(error) or "img_size" in (options or {}):
+                    raise
+                encoder = build(options or {})
     if Path(weights).is_file():
         _load_state(encoder, Path(weights))
     if padding != "zeros":
         set_padding(encoder, padding)
+    if position_embedding != "learned":
+        set_position_embedding(encoder, position_embedding)
     return encoder.eval()
 
 
@@ -163,20 +182,66 @@ def _read(path: Path) -> Any:
 
 
 def _load_state(encoder: nn.Module, path: Path) -> None:
-    """Loads a state dict that must have the weights of all convolutions."""
-    state = _read(path)
-    state = state.get("state_dict", state)
+    """Loads a state dict that must have every parameter and buffer of the encoder, without its head.
+
+    The keys may share a prefix, such as ``module.`` or ``net.encoder.``; keys without it belong to other parts. Step
+    counts of BatchNorms may be missing. A head (see ``_HEADS``) may be missing, too much, or of other shapes: nothing
+    that is probed depends on it, and then it stays as it is.
+    """
+    state, kind = _state_dict(_read(path), path), type(encoder).__name__
     expected = encoder.state_dict()
-    wrong = [k for k, v in state.items() if k in expected and v.shape != expected[k].shape]
-    missing = [k for k, v in expected.items() if v.ndim == 4 and k not in state]
-    if wrong or missing:
-        what = "has other shapes for" if wrong else "lacks"
+    # a head of convolutions, as SqueezeNet's, may be a stage
+    body = [key for key in expected if not _is_optional(key) or expected[key].ndim == 4]
+    prefixes = {key.removesuffix(body[0]) for key in state if key == body[0] or key.endswith("." + body[0])}
+    fits = {prefix: [key for key in body if prefix + key not in state] for prefix in prefixes or {""}}
+    complete = [prefix for prefix, missing in fits.items() if not missing]
+    if len(complete) > 1 and "" not in complete:
         raise ValueError(
-            f"weights {str(path)!r} do not fit {type(encoder).__name__}: the file {what} "
-            f"{', '.join((wrong or missing)[:3])} ({len(wrong or missing)} in all); "
-            f"its keys look like {', '.join(list(state)[:3])}"
+            f"weights {str(path)!r} hold {len(complete)} networks that fit {kind}, under "
+            f"{', '.join(sorted(complete))}: save the one to probe alone"
         )
-    nn.Module.load_state_dict(encoder, state, strict=False)
+    prefix = "" if "" in complete else (complete or sorted(fits, key=lambda prefix: len(fits[prefix])))[0]
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    wrong = [key for key in body if key in own and own[key].shape != expected[key].shape]
+    extra = [key for key in own if key not in expected and not _is_optional(key)]
+    for keys, what in ((wrong, "has other shapes for"), (fits[prefix], "lacks"), (extra, "has keys that it lacks:")):
+        if keys:
+            raise ValueError(
+                f"weights {str(path)!r} do not fit {kind}: the file {what} {', '.join(keys[:3])} ({len(keys)} of "
+                f"{len(body)} keys); its keys look like {', '.join(list(state)[:3])}"
+            )
+    for key in body:
+        if expected[key].is_floating_point() and not own[key].is_floating_point():
+            raise ValueError(
+                f"weights {str(path)!r}: {key} is {own[key].dtype}; expected floating-point numbers: save the weights "
+                "before they are quantized"
+            )
+        if not own[key].float().isfinite().all():
+            raise ValueError(f"weights {str(path)!r}: {key} has NaN or infinite values: the training has diverged")
+    fitting = {key: own[key] for key in expected if key in own and own[key].shape == expected[key].shape}
+    nn.Module.load_state_dict(encoder, fitting, strict=False)
+
+
+_HEADS = ("classifier", "fc", "head", "heads", "head_dist", "last_linear", "AuxLogits", "aux1", "aux2")
+"""What torchvision, timm and smp call the layers behind the last stage."""
+
+
+def _is_optional(key: str) -> bool:
+    return key.split(".")[0] in _HEADS or key.endswith("num_batches_tracked")
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file, alone or as part of a checkpoint."""
+    for part in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(part), dict):
+            content = content[part]
+            break
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+        for key, value in content.items()
+    ):
+        raise ValueError(f"{str(path)!r} holds no state dict; expected tensors by name, or a 'state_dict' of them")
+    return content
 
 
 def _from_checkpoint(path: Path) -> nn.Module:
@@ -225,30 +290,3 @@ def find_encoder(module: nn.Module) -> str:
     """The dotted name of a network's outermost submodule called ``encoder`` or ``backbone``; "" if there is none."""
     names = [name for name, _ in module.named_modules() if name.split(".")[-1] in ("encoder", "backbone")]
     return min(names, key=lambda name: name.count("."), default="")
-
-
-def untrained_twin(encoder: nn.Module, seed: int) -> nn.Module:
-    """A copy of an encoder with new random weights, on the CPU. It is the control for what the training added.
-
-    Convolutions and linear layers are drawn as torchvision draws a VGG's convolutions (He's normal distribution, zero
-    biases). All other layers with a ``reset_parameters`` are reset. Padding and the global random state stay.
-
-    Raises:
-        ValueError: for a layer whose parameters would stay trained, with its name.
-    """
-    twin = copy.deepcopy(encoder).cpu()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, layer in twin.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-            elif callable(reset := getattr(layer, "reset_parameters", None)):
-                reset()
-            elif next(layer.parameters(recurse=False), None) is not None:
-                raise ValueError(
-                    f"layer {name!r} ({type(layer).__name__}) has parameters and no reset_parameters(), so a twin "
-                    "would keep their trained values: pass probe_encoder a `twin` function, or untrained=0"
-                )
-    return twin

@@ -3,8 +3,9 @@ import torch
 import torchvision
 
 from padprobe import find_stages, load_encoder
-from padprobe.network.encoders import find_encoder, untrained_twin
+from padprobe.network.encoders import find_encoder
 from padprobe.network.padding import list_padding
+from padprobe.network.twins import untrained_twin
 
 
 def test_encoders_of_every_library_run(vgg_options):
@@ -124,3 +125,38 @@ def test_smps_encoders_take_torchvisions_weights_and_timms_models(monkeypatch):
     assert len(timm_encoder(torch.rand(1, 3, 32, 32))) == 4
     with pytest.raises(ValueError, match=r"unknown timm encoder 'resnet10'"):
         load_encoder("smp:tu-resnet10")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net.encoder.", "_orig_mod."])
+def test_a_state_dict_may_be_part_of_another_and_lack_or_change_its_head(tmp_path, prefix):
+    source = load_encoder("torchvision:shufflenet_v2_x0_5", seed=3).state_dict()
+    state = {prefix + key: value for key, value in source.items() if not key.startswith("fc.")}
+    state[f"{prefix}fc.weight"] = torch.zeros(2, 1024)
+    if prefix:
+        state["decoder.weight"] = torch.zeros(3)
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "w.pth")
+    loaded = load_encoder("torchvision:shufflenet_v2_x0_5", tmp_path / "w.pth").state_dict()
+    assert all(torch.equal(loaded[key], source[key]) for key in source if not key.startswith("fc."))
+
+
+def test_a_state_dict_that_is_not_whole_is_refused_with_its_keys(tmp_path, vgg_options):
+    source = load_encoder("smp:vgg11", options=vgg_options).state_dict()
+    first = "features.0.weight"
+    step_counts = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
+    part = dict(list(source.items())[:8])
+    cases = {
+        r"lacks features\.\d+\.\w+.* of 24 keys": part,
+        r"has keys that it lacks: features\.99\.weight \(1 of": {**source, "features.99.weight": source[first]},
+        r"features\.0\.weight has NaN": {**source, first: source[first] * torch.nan},
+        r"features\.0\.weight is torch\.int8; expected floating": {**source, first: source[first].to(torch.int8)},
+        r"hold 2 networks .* student\., teacher\.: save": {
+            f"{p}.{k}": v for p in ("student", "teacher") for k, v in source.items()
+        },
+        r"holds no state dict": [source],
+    }
+    torch.save(step_counts, tmp_path / "w.pth")
+    load_encoder("smp:vgg11", tmp_path / "w.pth", options=vgg_options)
+    for message, state in cases.items():
+        torch.save(state, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=message):
+            load_encoder("smp:vgg11", tmp_path / "w.pth", options=vgg_options)
