@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,9 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
+from padprobe.errors import check_number
+from padprobe.maps import Size
+from padprobe.network.embedding import position_embedding_of
 from padprobe.network.encoders import load_encoder, weights_label
 from padprobe.network.padding import padding_of
 from padprobe.probe.encoder import PAPER_STIMULI, Source, probe_encoder
@@ -30,6 +34,11 @@ def make_parser() -> ArgumentParser:
     add("--encoder", required=True, help="torchvision:NAME, smp:NAME, timm:NAME, or a .ckpt file")
     add("--weights", default="untrained", help="untrained (implies --settle), a name that the library knows, or a file")
     add("--padding", default="zeros", help="zeros, valid, reflect, replicate or circular")
+    add(
+        "--position-embedding",
+        default="learned",
+        help="learned, none (the control for what it brings, as --padding valid is for padding) or shuffled",
+    )
     add("--train", default="dead_leaves", metavar="DIR", help="images to train the readouts on, or dead_leaves")
     add(
         "--test",
@@ -37,7 +46,7 @@ def make_parser() -> ArgumentParser:
         metavar="[NAME=]DIR",
         help="images to score on, beside black, white and noise; may be repeated; null: dead_leaves",
     )
-    add("--name", help="what the results call the run; null: encoder, weights and padding")
+    add("--name", help="what the results call the run; null: encoder, weights, padding and embedding")
     add("--out", required=True, metavar="DIR", help="folder for the results and the report")
     add("--save-readouts", metavar="FILE", help="file for the trained readouts (.safetensors)")
     add("--accelerator", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
@@ -59,6 +68,8 @@ def make_parser() -> ArgumentParser:
             values = default if isinstance(default, list) else [default]
             words = [value.kind if isinstance(value, Readout) else value for value in values]
             arguments |= {"nargs": "+", "type": int if hint == list[int] else str, "default": words}
+        elif hint == Size:
+            arguments |= {"type": str, "default": str(default), "metavar": "SIZE"}
         else:
             arguments["type"] = hint
         group.add_argument(name, **arguments)
@@ -72,7 +83,7 @@ def read_options(arguments: Namespace) -> ProbeOptions:
     if files and len(arguments.readouts) > 1:
         raise ValueError(f"--readouts has a file of trained readouts, {files[0]!r}, and others: give the file alone")
     values["readouts"] = files[0] if files else [parse_readout(text) for text in arguments.readouts]
-    if arguments.stages[0] in ("auto", "paper") and len(arguments.stages) == 1:
+    if arguments.stages[0] in ("auto", "paper", "each_block") and len(arguments.stages) == 1:
         values["stages"] = arguments.stages[0]
     values["settle"] |= arguments.weights == "untrained" and not arguments.encoder.endswith(".ckpt")
     return ProbeOptions(**values)
@@ -88,6 +99,8 @@ def launch(arguments: Namespace, work: Callable[..., None]) -> None:
         method: Literal["spawn", "popen"] = "spawn" if strategy == "ddp_spawn" else "popen"
         strategy = DDPStrategy(start_method=method, timeout=timedelta(days=1))
     devices = {"devices": arguments.devices, "num_nodes": arguments.num_nodes}
+    for name, value in devices.items():
+        check_number(f"--{name.replace('_', '-')}", value, int, least=1)
     read_options(arguments)  # what cannot be is refused here, not in every process
     try:
         fabric = Fabric(accelerator=accelerator, strategy=strategy, **devices)
@@ -101,11 +114,20 @@ def probe(fabric: Fabric, arguments: Namespace, progress: Progress | None) -> Re
     options = read_options(arguments)
     test = _read_test(arguments.test or ["dead_leaves"])
     name, trained = arguments.encoder, arguments.encoder.endswith(".ckpt")
-    encoder = load_encoder(name, arguments.weights, arguments.padding, options.seeds[0])
+    load = functools.partial(
+        load_encoder,
+        name,
+        padding=arguments.padding,
+        image_size=options.image_size,
+        position_embedding=arguments.position_embedding,
+    )
+    encoder = load(arguments.weights, seed=options.seeds[0])
     weights = "trained" if trained else weights_label(arguments.weights)
     pair = f"{Path(name).stem if trained else name.partition(':')[2]}-{weights}"
+    embedding = position_embedding_of(encoder)
+    suffix = "" if embedding in ("", "learned") else f"-embedding-{embedding}"
     labels = {
-        "run": arguments.name or f"{pair}-{padding_of(encoder)}",
+        "run": arguments.name or f"{pair}-{padding_of(encoder)}{suffix}",
         "pair": pair,
         "encoder": name,
         "weights": weights,
@@ -119,7 +141,7 @@ def probe(fabric: Fabric, arguments: Namespace, progress: Progress | None) -> Re
         arguments.train,
         test,
         options,
-        twin=None if trained else lambda seed: load_encoder(name, padding=arguments.padding, seed=seed),
+        twin=None if trained else lambda seed: load(seed=seed),
         cache_dir=arguments.out,
         save_to=arguments.save_readouts,
         fabric=fabric,

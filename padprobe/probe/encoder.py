@@ -14,14 +14,19 @@ from lightning.fabric import Fabric
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from padprobe.network.encoders import load_encoder, untrained_twin
+from padprobe.errors import check_name, check_writable
+from padprobe.network.embedding import position_embedding_of
+from padprobe.network.encoders import load_encoder
+from padprobe.network.layout import Layout, find_layouts
 from padprobe.network.padding import as_built, padding_of
+from padprobe.network.twins import untrained_twin
 from padprobe.probe.features import FeatureReader, Progress, silent
 from padprobe.probe.measure import Measured, measure, tabulate
 from padprobe.probe.options import ProbeOptions, change_options, show_options
 from padprobe.probe.plan import Plan, make_plan, stage_channels
+from padprobe.probe.train import check_space
 from padprobe.readout.saved import SavedReadouts, check_savable, load_readouts, save_readouts
-from padprobe.results import Results
+from padprobe.results import COLUMNS, RUNS, Results
 from padprobe.stimuli import Images, image_of, load_images
 
 Source = str | Path | Images
@@ -59,14 +64,14 @@ def probe_encoder(
     readout.
 
     Args:
-        encoder: a network that takes images (B, 3, S, S), or a name for :func:`~padprobe.load_encoder`. A name loads
+        encoder: a network that takes images (B, 3, H, W), or a name for :func:`~padprobe.load_encoder`. A name loads
             the network untrained and implies ``settle``; a ``.ckpt`` file loads it as trained.
         train: images to train the readouts on: a folder, a data set or a stimulus, see
             :func:`~padprobe.stimuli.load_images`.
         test: images to score on, by name. Default: the paper's ``black``, ``white`` and ``noise``, and dead leaves.
         options: all options in one object. Each can also be given, or changed, by its name (below).
         twin: called with a seed, returns an untrained encoder of the same architecture and padding. Default:
-            :func:`~padprobe.network.encoders.untrained_twin`.
+            :func:`~padprobe.network.twins.untrained_twin`.
         cache_dir: folder for features that do not fit into ``cache_gb``. Default: the system's for temporary files.
         save_to: a file for the trained readouts of ``encoder``, with their controls (.safetensors).
         fabric: Lightning's Fabric, launched. Its processes share the images, and all get the results. Default: one GPU
@@ -78,10 +83,10 @@ def probe_encoder(
 
     Returns:
         :class:`~padprobe.results.Results`: for every readout, seed, stimulus and target rows of spc, mae, nmae,
-        selectivity, delta, gap (ridge minus the trained readout; 95% bootstrap intervals over images) and the number of
-        constant predictions; eta2 (jackknife interval) and the share of a stage's cells that padding reaches; the
-        headline's scores by distance to the border; mean maps. The controls are runs of their own: RUN-context, and
-        RUN-untrained-seed0 and so on.
+        selectivity, delta and gap (ridge minus the trained readout) with 95% t intervals over images (that of delta
+        also over the twins; none for one twin) and the number of constant predictions; eta2 (jackknife interval from 10
+        images on) and the share of a stage's cells that padding reaches; the headline's scores by distance to the
+        border; mean maps. The controls are runs of their own: RUN-context, and RUN-untrained-seed0 and so on.
 
     Raises:
         ValueError: before the encoder's pass, naming the option, target, stage, layer, folder, image or size that
@@ -103,6 +108,8 @@ def probe_encoder(
     fabric = fabric or Fabric(accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1)
     make_twin, progress = twin or functools.partial(untrained_twin, encoder), progress or silent
     _check_folders(plan, save_to)
+    if train_images is not None:
+        check_space(plan, len(train_images), fabric.world_size)
     _check_controls(encoder, plan, make_twin, fabric)
     run = functools.partial(measure, train=train_images, test=test_images, fabric=fabric)
 
@@ -144,11 +151,13 @@ def _choose_encoder(
 ) -> tuple[nn.Module, ProbeOptions, dict[str, Any]]:
     """The network to probe (a copy where it will be settled), its options, and the labels of its run."""
     labels = dict(labels or {})
+    for column in labels:
+        check_name(column, [*COLUMNS, *RUNS, "group", "pair"], "label")
     if isinstance(encoder, (str, Path)):
         trained = str(encoder).endswith(".ckpt")
         name = Path(encoder).stem if trained else str(encoder).partition(":")[2]
         labels = {"run": name, "encoder": str(encoder), "weights": "trained" if trained else "untrained", **labels}
-        encoder = load_encoder(str(encoder))
+        encoder = load_encoder(str(encoder), image_size=options.image_size)
         options = dataclasses.replace(options, settle=options.settle or not trained)
     elif options.settle:
         encoder = copy.deepcopy(encoder)
@@ -156,6 +165,7 @@ def _choose_encoder(
         options = dataclasses.replace(options, untrained=0)  # it is its own twin
     kind = type(encoder).__name__
     labels = {"run": kind, "encoder": kind, "weights": "", "task": "", "padding": padding_of(encoder), **labels}
+    labels = {"position_embedding": position_embedding_of(encoder), **labels}
     labels = {"group": labels["run"], "pair": labels["run"], **labels}
     return encoder, options, {**labels, **{column: str(labels[column]) for column in ("run", "group", "pair")}}
 
@@ -192,18 +202,25 @@ def _load_all(plan: Plan, train: Source, test: Mapping[str, Source] | None) -> t
         images = load_images(train, size, options.limit_train, options.seeds[0])
         if len(images) < 5 and any(readout.kind == "ridge" for readout in plan.readouts):
             raise ValueError(
-                f"{len(images)} training image(s) and a ridge readout, which is fitted on four in five and chosen on "
-                "the fifth; expected 5 or more: use more images, or leave ridge out"
+                f"{len(images)} training image(s) and a ridge readout, which is fitted on the first four fifths "
+                "and chosen on the last; expected 5 or more: use more images, or leave ridge out"
             )
     # another seed: generated test stimuli differ from those of the training
     sources = {"dead_leaves": "dead_leaves", **PAPER_STIMULI} if test is None else test
+    if len(names := [str(name) for name in sources]) > len(set(names)):
+        raise ValueError(f"two of the test sets {', '.join(names)} have the same name: give one another name")
     stimuli = {str(n): load_images(s, size, options.limit_test, options.seeds[0] + 1) for n, s in sources.items()}
-    for name, loaded in {**stimuli, "training": images}.items():
+    for name, loaded in [*stimuli.items(), ("training", images)]:
         if loaded is not None:
             if not len(loaded):
                 raise ValueError(f"the {name} images are an empty data set; expected at least one image")
             with isolate_rng(include_cuda=False):  # a data set may draw
-                plan.check_shape(image_of(loaded[0]).shape)
+                first = image_of(loaded[0])
+            plan.check_shape(first.shape)
+            if not first.is_floating_point():
+                raise ValueError(
+                    f"the {name} images are {first.dtype}; expected floating-point numbers in [0, 1]: divide by 255"
+                )
     return images, stimuli
 
 
@@ -217,13 +234,23 @@ def _check_folders(plan: Plan, save_to: str | Path | None) -> None:
     for name, folder in folders.items():
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"{name} needs the folder {str(folder)!r}, which does not exist: make it first")
+        if folder is not None:
+            check_writable(folder, name)
 
 
 def _check_controls(encoder: nn.Module, plan: Plan, make_twin: Callable[[int], nn.Module], fabric: Fabric) -> None:
     """Raises ValueError where an untrained twin cannot be made, or the encoder cannot do without padding."""
     if plan.options.untrained:
         with isolate_rng(include_cuda=False):  # the twin of the run itself is made later
-            channels = stage_channels(make_twin(0), plan.layers, plan.options.image_size)
+            twin = make_twin(0)
+            if not isinstance(twin, nn.Module) or twin is encoder:
+                what = "the encoder itself" if twin is encoder else f"a {type(twin).__name__}"
+                raise ValueError(f"the function `twin` returns {what}; expected a new untrained network")
+            layouts: dict[str, Layout] = {}
+            for kind in {layout.kind for layout in plan.layouts.values()}:  # as the encoder's were verified
+                same = [layer for layer, layout in plan.layouts.items() if layout.kind == kind]
+                layouts |= find_layouts(twin, same, plan.options.image_size, kind)
+            channels = stage_channels({layer: layouts[layer] for layer in plan.layers})
         if channels != plan.channels:
             raise ValueError(
                 f"the twin's stages have channels {channels}, and the encoder's {dict(plan.channels)}: make a twin of "
@@ -231,7 +258,13 @@ def _check_controls(encoder: nn.Module, plan: Plan, make_twin: Callable[[int], n
             )
     if plan.options.context:
         with as_built(encoder, "valid"), FeatureReader(encoder, plan.without_padding(), fabric) as reader:
-            features = reader.features(torch.full((1, 3, plan.source_px, plan.source_px), 0.5))[0]
+            try:
+                features = reader.features(torch.full((1, 3, *plan.source_px), 0.5))[0]
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{type(encoder).__name__} cannot run without padding on {plan.source_px} px: {error}. Leave "
+                    "`context` out, or try another image_size"
+                ) from error
         for name, part in plan.channels.items():
             values = features[part]
             spread = (values.amax((1, 2)) - values.amin((1, 2))).max()

@@ -49,7 +49,7 @@ class FeatureReader:
         self.modes = {module: module.training for module in self.encoder.modules()}
         self.encoder.eval().to(self.device)
         sides = self.plan.sides if self.plan.unpadded else None
-        self.tap = StageTap(self.encoder, self.plan.layers, self.plan.options.grid, sides)
+        self.tap = StageTap(self.encoder, self.plan.layers, self.plan.options.grid, sides, self.plan.layouts)
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -98,10 +98,10 @@ class FeatureReader:
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Aligned features of a batch of images: (B, 3, source_px, source_px) -> (B, width, grid, grid), float32."""
+        """Aligned features of a batch of images: (B, 3, *source_px) -> (B, width, grid, grid), float32."""
         self.plan.check_shape(images.shape[1:])
         images = images.to(self.device, non_blocking=True)
-        center = center_crop(images, self.plan.options.image_size)
+        center = center_crop(images, self.plan.size)
         seen = ((images if self.plan.unpadded else center) - self.mean) / self.std
         self.encoder(seen.to(self.dtype).contiguous(memory_format=torch.channels_last))
         return self.tap.take(align(center, self.plan.options.grid))

@@ -15,12 +15,13 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from padprobe.network.reach import padding_reach
+from padprobe.precision import full_float32
 from padprobe.probe.features import FeatureReader, Progress
 from padprobe.probe.plan import Key, Made, Plan
 from padprobe.probe.train import make_readouts
 from padprobe.readout.variance import PositionVariance
 from padprobe.results import COLUMNS, PROFILE, READOUT, RUNS, Results, summarize
-from padprobe.scores import BorderProfile, rings, score_maps, standard_ranks
+from padprobe.scores import BorderProfile, border_distance, rings, score_maps, standard_ranks
 from padprobe.stimuli import Images
 
 Row = dict[str, Any]
@@ -55,15 +56,14 @@ def measure(
 ) -> Measured:
     """One pass over the training images and one over each test set.
 
-    All in float32: TF32 on a GPU would change scores by about 0.001.
+    All in full float32, see :func:`~padprobe.precision.full_float32`.
     """
     started = time.perf_counter()
     measured = Measured(plan, None if train is None or plan.states is not None else len(train))
     if not plan.unpadded:
-        masks = padding_reach(encoder, plan.layers, plan.options.image_size)
+        masks = padding_reach(encoder, plan.layers, plan.options.image_size, plan.layouts)
         measured.reach = {f"f{i + 1}": masks[layer] for i, layer in enumerate(plan.layers) if layer in masks}
-    float32 = torch.backends.cudnn.flags(enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False)
-    with float32, FeatureReader(encoder, plan, fabric, progress) as reader:
+    with full_float32(fabric.device), FeatureReader(encoder, plan, fabric, progress) as reader:
         if plan.options.settle:
             assert train is not None
             reader.settle(train)
@@ -93,8 +93,8 @@ def _score(measured: Measured, reader: FeatureReader, stimulus: str, images: Ima
     headline, count = next(iter(made)), len(plan.options.targets)
     maps = {key: module.maps for key, module in made.items()}
     ranks = {readout: standard_ranks(maps[readout, seed]) for readout, seed in reversed(made)}
-    profile = BorderProfile(maps[headline][:count], plan.options.image_size / plan.options.grid)
-    variance = PositionVariance(plan.width, plan.options.grid).to(reader.device)
+    profile = BorderProfile(maps[headline][:count], _ring_width(plan))
+    variance = PositionVariance(plan.width, plan.options.grid, images=n).to(reader.device)
     variance.sync_on_compute = reader.fabric.world_size > 1
     scores = {key: {m: torch.zeros(n, len(maps[key])) for m in ("spc", "mae", "nmae", "constant")} for key in made}
     in_rings = {m: torch.zeros(n, count, len(profile.rings)) for m in ("spc", "mae")}
@@ -139,8 +139,9 @@ def tabulate(measured: Measured, labels: Mapping[str, Any], twins: Sequence[Meas
     measurements of untrained twins, for delta.
     """
     plan, labels = measured.plan, dict(labels)
-    size, source = plan.options.image_size, plan.source_px
-    sizes = {"image_px": size, "source_px": source, "shown_px": source if plan.unpadded else size}
+    shown = {"image": plan.size, "source": plan.source_px, "shown": plan.source_px if plan.unpadded else plan.size}
+    sizes = {f"{what}_px": height for what, (height, _) in shown.items()}
+    sizes |= {f"{what}_width": width for what, (_, width) in shown.items()}
     run = {"seed": plan.options.seeds[0], **labels, **sizes, "n_train": measured.n_train, "how": measured.how}
     rows = [*_scores(measured, twins, labels), *_variance(measured, labels)]
     return Results(
@@ -163,12 +164,12 @@ def _scores(measured: Measured, twins: Sequence[Measured], labels: Row) -> Itera
     """Rows of every readout.
 
     The ``gap`` of a ridge readout is its SPC minus that of the trained readout of the same features: what the training
-    left undone. ``delta`` is the SPC minus the mean SPC of the untrained twins, per image; the interval takes the twins
-    as given. The image alone has no encoder, and so no delta.
+    left undone. ``delta`` is the SPC minus the mean SPC of the untrained twins; its interval takes in the spread of
+    the twins. The image alone has no encoder, and so no delta.
     """
     plan, count = measured.plan, len(measured.plan.names)
     for (key, stimulus), scores in measured.scores.items():
-        values = {metric: per_image[:, :count] for metric, per_image in scores.items()}
+        values, of_twins = {metric: per_image[:, :count] for metric, per_image in scores.items()}, None
         if plan.options.selectivity:
             values["selectivity"] = values["spc"] - scores["spc"][:, count:]
         trained = (dataclasses.replace(key[0], kind="posenet"), plan.options.seeds[0]), stimulus
@@ -176,9 +177,9 @@ def _scores(measured: Measured, twins: Sequence[Measured], labels: Row) -> Itera
             values["gap"] = values["spc"] - measured.scores[trained]["spc"][:, :count]
         if twins and key[0].stages != "rgb":
             same = (key[0], plan.options.seeds[0]), stimulus
-            control = torch.stack([twin.scores[same]["spc"] for twin in twins]).mean(0)
-            values["delta"] = values["spc"] - control[:, :count]
-        for row in summarize(values, plan.names):
+            of_twins = torch.stack([twin.scores[same]["spc"][:, :count] for twin in twins])
+            values["delta"] = values["spc"] - of_twins.mean(0)
+        for row in summarize(values, plan.names, of_twins):
             yield {**_describe(key, labels), "stimulus": stimulus, **row}
 
 
@@ -194,30 +195,39 @@ def _variance(measured: Measured, labels: Row) -> Iterator[Row]:
 
 def _profile(measured: Measured, labels: Row) -> Iterator[Row]:
     """Rows of the border profile: the headline's scores, eta2 and reach, by distance to the border in pixels."""
-    plan, size, grid = measured.plan, measured.plan.options.image_size, measured.plan.options.grid
-    width = size / grid
+    plan, (height, width), grid = measured.plan, measured.plan.size, measured.plan.options.grid
+    shorter, ring_width = min(height, width), _ring_width(plan)
     headline = _describe(next(iter(measured.made)), labels)
     for stimulus, values in measured.rings.items():
         for i in range(values["spc"].shape[-1]):
-            place = {"stimulus": stimulus, "distance": (i + 0.5) * width}
+            place = {"stimulus": stimulus, "distance": (i + 0.5) * ring_width}
             for row in summarize({name: scores[..., i] for name, scores in values.items()}, plan.names):
                 yield {**headline, **place, **row}
     variance = {"seed": plan.options.seeds[0], **labels, "readout": "variance", "target": ""}
     for (stimulus, stage), (*_, n) in measured.eta2.items():
         if stage != "all":
             cells = torch.from_numpy(measured.maps[stimulus, stage, "eta2"])
-            for i, value in enumerate(_by_ring(cells, 1.0)):
-                # the outermost points of the aligned grid lie on the image's border
-                place = {"stimulus": stimulus, "stages": stage, "distance": i * size / (grid - 1)}
+            # the outermost points of the aligned grid lie on the image's border; the unit is the smaller step of it
+            points = border_distance(grid, grid, (height / shorter, width / shorter), first=0)
+            for i, value in enumerate(_by_ring(cells, points + 0.5, 1.0)):
+                place = {"stimulus": stimulus, "stages": stage, "distance": i * shorter / (grid - 1)}
                 yield {**variance, **place, "metric": "eta2", "value": value, "n": n}
     for stage, mask in measured.reach.items():
-        cell = size / mask.shape[-1]
-        step = max(width / cell, 1.0)
-        for i, value in enumerate(_by_ring(mask.float(), step)):
+        rows, columns = height / mask.shape[-2], width / mask.shape[-1]
+        cell = min(rows, columns)
+        step = max(ring_width / cell, 1.0)
+        distance = border_distance(mask.shape[-2], mask.shape[-1], (rows / cell, columns / cell))
+        for i, value in enumerate(_by_ring(mask.float(), distance, step)):
             place = {"stimulus": "", "stages": stage, "distance": (i + 0.5) * step * cell}
             yield {**variance, **place, "metric": "reach", "value": value}
 
 
-def _by_ring(cells: Tensor, width: float) -> list[float]:
-    """Means of a map of cells (h, w) over rings ``width`` cells wide, from the border inwards."""
-    return [cells.flatten()[ring].mean().item() for ring in rings(cells.shape[0], cells.shape[1], width)]
+def _ring_width(plan: Plan) -> float:
+    """Width in pixels of the rings of the border profile: the smaller side of a cell of the aligned grid, and at least
+    one pixel, so that no ring is empty."""
+    return max(min(plan.size) / plan.options.grid, 1.0)
+
+
+def _by_ring(cells: Tensor, distance: Tensor, width: float) -> list[float]:
+    """Means of a map of cells (h, w) over rings of a width, by the cells' distances from the border, (h, w)."""
+    return [cells.flatten()[ring].mean().item() for ring in rings(distance, width)]

@@ -7,10 +7,12 @@ import inspect
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
-from padprobe.errors import check_name
-from padprobe.maps import TARGETS
+from padprobe.errors import check_name, check_number, check_type
+from padprobe.maps import TARGETS, Size, size_pair
+from padprobe.network.layout import LAYOUTS
 from padprobe.readout.spec import Readout
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -33,7 +35,8 @@ class ProbeOptions:
     """How a frozen encoder is probed; the help of each field says what it is.
 
     Raises:
-        ValueError: for a number that is too small, or a list that is empty.
+        ValueError: for a value of another type, a number that is too small or not finite, no image size, or
+            an empty list.
     """
 
     readouts: list[Readout] | str = option(
@@ -44,12 +47,22 @@ class ProbeOptions:
         changes=(),
     )
     stages: str | list[str] = option(
-        "auto", "names of the encoder's layers to read from, 'auto' (found by the tool) or 'paper' (as in the paper)"
+        "auto",
+        "names of the encoder's layers to read from, 'auto' (found by the tool), 'each_block' (every block that all "
+        "information flows through) or 'paper' (as in the paper)",
+    )
+    layout: str = option(
+        "auto",
+        "what the outputs of these layers are: 'NCHW', 'NHWC', 'tokens' (behind class tokens), or 'auto': found from "
+        "their shapes and checked on an image",
     )
     targets: list[Any] = option(list(TARGETS), "position maps to read out: H, V, G, HS, VS (in Python also functions)")
     grid: int = option(28, "side in cells of the grid that all stages are resized to", least=2)
-    image_size: int = option(
-        224, "side in pixels of the images that the encoder sees and of the predicted maps", least=2
+    image_size: Size = option(
+        224,
+        "size in pixels of the images that the encoder sees and of the predicted maps: 224 for a square, or height and "
+        "width, such as 240x320",
+        least=2,
     )
     normalize: bool = option(
         False, "subtract ImageNet's mean and divide by its standard deviation (the paper's code does not)"
@@ -80,17 +93,29 @@ class ProbeOptions:
     )
 
     def __post_init__(self) -> None:
+        height, width = size_pair(self.image_size, "image_size")
+        self.image_size = height if height == width else (height, width)
+        hints = get_type_hints(ProbeOptions)
         for field in dataclasses.fields(ProbeOptions):
-            value, least = getattr(self, field.name), field.metadata["least"]
-            if least is not None and value is not None and value < least:
-                raise ValueError(f"{field.name} is {value}; expected {least} or more")
-            if isinstance(default_of(field), list) and (value is None or isinstance(value, (int, float))):
-                raise ValueError(f"{field.name} is {value!r}; expected a list of at least one")
+            name, value, hint = field.name, getattr(self, field.name), hints[field.name]
+            if name == "image_size":
+                if min(height, width) < 2:
+                    raise ValueError(f"image_size is {value}; expected 2 or more")
+            elif (kind := {int: int, float: float, int | None: int}.get(hint)) and (value is not None or hint is int):
+                check_number(name, value, kind, field.metadata["least"])
+                setattr(self, name, kind(value))  # of numpy's numbers too
+            else:
+                check_type(str(value) if isinstance(value, Path) else value, hint, name)
             if hasattr(value, "__len__") and not len(value):
-                raise ValueError(f"{field.name} is empty; expected at least one")
+                raise ValueError(f"{name} is empty; expected at least one")
+        for seed in self.seeds:  # numpy takes no negative one
+            check_number("a seed", seed, int, least=0)
+        check_name(self.layout, LAYOUTS, "layout")
         for target in self.targets:
             if isinstance(target, str):
                 check_name(target, TARGETS, "target")
+            elif not callable(target):
+                raise ValueError(f"a target is {target!r}; expected a name, one of {', '.join(TARGETS)}, or a function")
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from padprobe.maps import Target, position_maps, shuffled, target_name
+from padprobe.maps import Target, position_maps, shuffled, size_pair, target_name
+from padprobe.network.layout import Layout, find_layouts
 from padprobe.network.stages import choose_layers
-from padprobe.network.trace import context_size, stage_shapes
+from padprobe.network.trace import context_size
 from padprobe.probe.options import ProbeOptions
 from padprobe.readout.posenet import PosENet, readout_side
 from padprobe.readout.ridge import RidgeReadout
@@ -30,11 +31,11 @@ class Plan:
     """What one pass reads out; the first readout at the first seed is the headline.
 
     Attributes:
-        layers: dotted names of the stages f1..fn.
+        layouts: how the stages f1..fn hold their maps, by the dotted names of their layers.
         channels: place of each stage's channels, and last of the image's ("rgb"), among the features of a pass.
         readouts: all of them, with the controls on the image alone.
-        source_px: side in pixels of the images that are read; ``image_size`` in the centre is used.
-        sides: of the stages in cells, where the probe has a context run.
+        source_px: height and width of the images that are read; ``size`` in their centre is used.
+        sides: heights and widths of the stages in cells, where the probe has a context run.
         unpadded: this is the context run: the encoder sees all of ``source_px`` without padding, and its stages are
             centre-cropped to ``sides``.
         states: weights of readouts that were trained before; where given, nothing is trained.
@@ -42,14 +43,24 @@ class Plan:
     """
 
     options: ProbeOptions
-    layers: Sequence[str]
+    layouts: Mapping[str, Layout]
     channels: Mapping[str, slice]
     readouts: Sequence[Readout]
-    source_px: int
-    sides: Sequence[int] | None = None
+    source_px: tuple[int, int]
+    sides: Sequence[tuple[int, int]] | None = None
     unpadded: bool = False
     states: Mapping[Key, dict[str, Tensor]] | None = None
     cache_dir: str | Path | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that a padded encoder sees and of the predicted maps."""
+        return size_pair(self.options.image_size)
+
+    @property
+    def layers(self) -> list[str]:
+        """Dotted names of the stages f1..fn."""
+        return list(self.layouts)
 
     @property
     def names(self) -> list[str]:
@@ -74,13 +85,13 @@ class Plan:
         return [*targets, *(shuffled(target, side) for target in targets if self.options.selectivity)]
 
     def maps(self, readout: Readout) -> tuple[list[str], Tensor]:
-        """Names and maps, (T or 2T, S, S), of :meth:`all_targets`."""
+        """Names and maps, (T or 2T, H, W), of :meth:`all_targets`."""
         targets = self.all_targets(readout)
-        return [target_name(t) for t in targets], position_maps(self.options.image_size, targets, readout.scale)
+        return [target_name(t) for t in targets], position_maps(self.size, targets, readout.scale)
 
     def posenet(self, readout: Readout, seed: int) -> PosENet:
         """The readout before its training."""
-        shape = readout.kernel_size, readout.depth, readout.padding, self.options.grid, self.options.image_size
+        shape = readout.kernel_size, readout.depth, readout.padding, self.options.grid, self.size
         return PosENet(self.width_of(readout), self.all_targets(readout), *shape, seed, readout.scale)
 
     def parts(self, readout: Readout) -> list[slice]:
@@ -106,12 +117,13 @@ class Plan:
         return features[:, parts[0]] if len(parts) == 1 else torch.cat([features[:, part] for part in parts], dim=1)
 
     def check_shape(self, shape: Sequence[int]) -> None:
-        """Raises ValueError for an image that does not have the shape (3, source_px, source_px)."""
-        size, source = self.options.image_size, self.source_px
-        if tuple(shape) != (3, source, source):
-            hint = " with its surroundings: give larger images, or leave `context` out" if source > size else ""
+        """Raises ValueError for an image that does not have the shape (3, *source_px)."""
+        if tuple(shape) != (3, *self.source_px):
+            larger = self.source_px != self.size
+            hint = " with its surroundings: give larger images, or leave `context` out" if larger else ""
             raise ValueError(
-                f"an image has shape {tuple(shape)}; expected (3, {source}, {source}) for image_size {size}{hint}"
+                f"an image has shape {tuple(shape)}; expected {(3, *self.source_px)} for image_size "
+                f"{self.options.image_size}{hint}"
             )
 
     def without_padding(self) -> Plan:
@@ -136,15 +148,18 @@ def make_plan(
         raise ValueError(f"targets {', '.join(names)} share a name: give each function its own __name__")
     position_maps(options.image_size, options.targets)
     layers = choose_layers(encoder, options.stages, options.image_size)
-    channels = stage_channels(encoder, layers, options.image_size)
+    layouts = find_layouts(encoder, layers, options.image_size, options.layout)
+    channels = stage_channels(layouts)
     readouts = with_controls(options.readouts, list(channels)[:-1])  # type: ignore[arg-type]
     for readout in readouts:
         readout_side(readout.kernel_size, readout.depth, readout.padding, options.grid)
-    source_px, sides = options.image_size, None
+    source_px, sides = size_pair(options.image_size), None
     if options.context:
         source_px, sides = context_size(encoder, options.image_size, layers)
     states = dict(zip(saved.readouts, saved.states, strict=True)) if saved else None
-    plan = Plan(options, layers, channels, readouts, source_px, sides, states=states, cache_dir=cache_dir)
+    plan = Plan(options, layouts, channels, readouts, source_px, sides, states=states, cache_dir=cache_dir)
+    for readout in readouts:
+        plan.maps(readout)  # a control that cannot be made is refused now
     for (readout, _), state in (states or {}).items():
         width, expected = plan.width_of(readout), state["weight"].shape[1]
         if width != expected:
@@ -155,8 +170,8 @@ def make_plan(
     return plan
 
 
-def stage_channels(encoder: nn.Module, layers: Sequence[str], image_size: int) -> dict[str, slice]:
+def stage_channels(layouts: Mapping[str, Layout]) -> dict[str, slice]:
     """The channels of f1..fn and of the image ("rgb"), side by side: each one's place."""
-    widths = [*(channels for channels, _, _ in stage_shapes(encoder, layers, image_size)), 3]
-    names = [*(f"f{i + 1}" for i in range(len(layers))), "rgb"]
+    widths = [*(layout.channels for layout in layouts.values()), 3]
+    names = [*(f"f{i + 1}" for i in range(len(layouts))), "rgb"]
     return {name: slice(sum(widths[:i]), sum(widths[: i + 1])) for i, name in enumerate(names)}

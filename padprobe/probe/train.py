@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from padprobe.probe.features import FeatureCache, FeatureReader, Progress, gather, silent
-from padprobe.probe.plan import Key, Made
+from padprobe.probe.plan import Key, Made, Plan
 from padprobe.readout.posenet import PosENet, make_optimizer
 from padprobe.readout.ridge import GRAM_LIMIT_GB, RidgeReadout, RidgeStatistics, gram_gb, solve, solve_by_gradients
 from padprobe.readout.spec import Readout
@@ -41,7 +43,7 @@ def _fit(reader: FeatureReader, images: Images) -> Made:
     streamed: dict[Readout, RidgeStatistics] = {}  # the others need a cache
     for readout in plan.readouts:
         width, kernel_size = plan.width_of(readout), readout.kernel_size
-        if readout.kind == "ridge" and gram_gb(width, kernel_size) <= GRAM_LIMIT_GB:
+        if is_streamed(plan, readout):
             streamed[readout] = RidgeStatistics(width, kernel_size, plan.options.grid).to(reader.device)
             streamed[readout].sync_on_compute = fabric.world_size > 1  # only within this run's own processes
     cached = [key for key in plan.keys if key[0] not in streamed]
@@ -52,7 +54,7 @@ def _fit(reader: FeatureReader, images: Images) -> Made:
     done = 0
     for index, features in reader.batches(images, what):
         for readout, statistics in streamed.items():
-            statistics.update(plan.select(readout, features), _held_out(index))
+            statistics.update(plan.select(readout, features), _held_out(index, len(images)))
         if cache is not None:
             cache.write(torch.arange(done, done + len(index)), features)
             done += len(index)
@@ -68,9 +70,31 @@ def _fit(reader: FeatureReader, images: Images) -> Made:
     return {key: made[key] for key in plan.keys}
 
 
-def _held_out(index: Tensor) -> Tensor:
-    """The images on which ridge chooses its penalty: every fifth."""
-    return index % 5 == 4
+def is_streamed(plan: Plan, readout: Readout) -> bool:
+    """Whether a readout is solved from sums over the images, so that their features are not kept."""
+    return readout.kind == "ridge" and gram_gb(plan.width_of(readout), readout.kernel_size) <= GRAM_LIMIT_GB
+
+
+def check_space(plan: Plan, images: int, processes: int) -> None:
+    """Raises ValueError where the training images' features go to a file for which the disk has no room."""
+    options, folder = plan.options, plan.cache_dir or tempfile.gettempdir()
+    kept = plan.states is None and not all(is_streamed(plan, readout) for readout in plan.readouts)
+    gb = 2 * images * plan.width * options.grid**2 / 1e9
+    on_disk = gb * (1 + (processes > 1))  # then process 0 also collects them
+    free = shutil.disk_usage(folder).free / 1e9
+    if kept and gb > options.cache_gb and on_disk > free:
+        raise ValueError(
+            f"the features of {images} images need {on_disk:.1f} GB in {str(folder)!r}, which has {free:.1f} GB: raise "
+            "cache_gb, give another cache_dir, or use fewer images"
+        )
+
+
+def _held_out(index: Tensor, n: int) -> Tensor:
+    """The images, of n, on which ridge chooses its penalty: the last fifth.
+
+    Copies of an image and the frames of a video are neighbours. All but those at the border are on one side.
+    """
+    return index * 5 >= n * 4
 
 
 def _new_cache(reader: FeatureReader, n: int) -> FeatureCache:
@@ -112,7 +136,7 @@ def _solve_cached(reader: FeatureReader, cache: FeatureCache | None, readout: Re
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             what = f"conjugate gradients, sweep {next(sweep)}"
             for index in torch.arange(len(cache)).split(options.batch_size):
-                yield plan.select(readout, cache.read(index, buffer)), _held_out(index).to(reader.device)
+                yield plan.select(readout, cache.read(index, buffer)), _held_out(index, len(cache)).to(reader.device)
                 reader.progress(what, int(index[-1]) + 1, len(cache))
 
         shape = readout.kernel_size, options.grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from padprobe.maps import TARGETS, Target, position_maps, target_name
+from padprobe.maps import TARGETS, Size, Target, position_maps, size_pair, target_name
 
 
 class PosENet(nn.Module):
@@ -28,7 +29,7 @@ class PosENet(nn.Module):
         depth: number of convolutions.
         padding: zero padding of the convolutions (0, 1 or 2 in the paper's table 4).
         grid: side of the aligned features in cells.
-        size: height and width of the maps in pixels.
+        size: of the maps in pixels: (height, width), or one number for a square.
         seed: seed of the initial weights.
         scale: scale of the maps, see :func:`~padprobe.position_maps`.
 
@@ -52,7 +53,7 @@ class PosENet(nn.Module):
         depth: int = 1,
         padding: int = 0,
         grid: int = 28,
-        size: int = 224,
+        size: Size = 224,
         seed: int = 0,
         scale: Literal["unit", "paper"] = "unit",
     ) -> None:
@@ -60,7 +61,7 @@ class PosENet(nn.Module):
         side = readout_side(kernel_size, depth, padding, grid)
         self.targets = tuple(targets)
         self.kernel_size, self.depth, self.padding = kernel_size, depth, padding
-        self.grid, self.size = grid, size
+        self.grid, self.side, self.size = grid, side, size_pair(size)
         self.register_buffer("maps", position_maps(size, targets, scale), persistent=False)
 
         self.hidden = nn.ModuleList()
@@ -81,15 +82,19 @@ class PosENet(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(weights)))
         self.norm = nn.BatchNorm2d(len(weights))  # one channel per target, the same as one BatchNorm(1) each
 
-        # Bilinear upsampling is linear and separable: full = up @ small @ up.T, so the squared error at full size is a
-        # quadratic form in the small map. See errors().
-        up = upsampling(side, size)
-        self.register_buffer("up", up, persistent=False)
-        self.register_buffer("gram", up.T @ up, persistent=False)
-        self.register_buffer("projected", up.T @ self.maps @ up, persistent=False)  # (T, side, side)
+        # Bilinear upsampling is linear and separable: full = up_h @ small @ up_w.T, so the squared error at full size
+        # is a quadratic form in the small map. See errors().
+        up_h, up_w = (upsampling(side, pixels) for pixels in self.size)
+        self.register_buffer("up_h", up_h, persistent=False)
+        self.register_buffer("up_w", up_w, persistent=False)
+        self.register_buffer("gram_h", up_h.T @ up_h, persistent=False)
+        self.register_buffer("gram_w", up_w.T @ up_w, persistent=False)
+        self.register_buffer("projected", up_h.T @ self.maps @ up_w, persistent=False)  # (T, side, side)
 
-    up: Tensor
-    gram: Tensor
+    up_h: Tensor
+    up_w: Tensor
+    gram_h: Tensor
+    gram_w: Tensor
     maps: Tensor
     projected: Tensor
 
@@ -105,8 +110,8 @@ class PosENet(nn.Module):
         return torch.sigmoid(self.norm(self.raw(features)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Predicted position maps: (B, C, grid, grid) -> (B, T, size, size) in [0, 1]."""
-        return self.up @ self.predict_small(features) @ self.up.T
+        """Predicted position maps: (B, C, grid, grid) -> (B, T, height, width) in [0, 1]."""
+        return self.up_h @ self.predict_small(features) @ self.up_w.T
 
     def loss(self, features: Tensor) -> Tensor:
         """Mean squared error of each target's maps at full size: (B, C, grid, grid) -> (T,).
@@ -118,13 +123,13 @@ class PosENet(nn.Module):
     def errors(self, small: Tensor) -> Tensor:
         """Mean squared error at full size of each small map P: (B, T, side, side) -> (B, T).
 
-        It needs no full-size map: with K = up' up and B = up' map up, |up P up' - map|^2 = <P, K P K> - 2 <P, B> +
-        |map|^2.
+        It needs no full-size map: with U and V the upsampling of height and width and B = U' map V, |U P V' - map|^2 =
+        <P, U'U P V'V> - 2 <P, B> + |map|^2.
         """
-        quadratic = (small * (self.gram @ small @ self.gram)).sum((2, 3))
+        quadratic = (small * (self.gram_h @ small @ self.gram_w)).sum((2, 3))
         cross = (small * self.projected).sum((2, 3))
         constant = self.maps.square().sum((1, 2))
-        return (quadratic - 2 * cross + constant) / self.size**2
+        return (quadratic - 2 * cross + constant) / math.prod(self.size)
 
 
 def readout_side(kernel_size: int = 3, depth: int = 1, padding: int = 0, grid: int = 28) -> int:
@@ -157,7 +162,9 @@ def readout_side(kernel_size: int = 3, depth: int = 1, padding: int = 0, grid: i
 
 
 def upsampling(side: int, size: int) -> Tensor:
-    """The matrix of bilinear upsampling from ``side`` to ``size``: full = up @ small @ up.T. Shape (size, side).
+    """The matrix of bilinear upsampling along one axis, from ``side`` to ``size`` pixels: (size, side).
+
+    A whole map is upsampled as full = up_h @ small @ up_w.T.
 
     Example:
         >>> upsampling(2, 4)

@@ -23,7 +23,7 @@ kept in half precision, with a rounding error of about 1e-7 of a feature's mean 
 would decide: two runs that differ only in rounding would give different readouts."""
 
 GRAM_LIMIT_GB = 0.1
-"""Above this size (d = 2,500) prefer :func:`solve_by_gradients`: the products then cost more than a pass of VGG16."""
+"""Above this size (d = 2,500) :func:`solve_by_gradients` is faster: the products cost more than a pass of VGG16."""
 
 CONSTANT_SD = 1e-5
 """A feature counts as constant, and gets weight 0, if its sd is below this fraction of its root mean square."""
@@ -47,7 +47,7 @@ def gram_gb(in_channels: int, kernel_size: int) -> float:
 class RidgeStatistics(Metric):
     """Gathers all that ridge regression needs to know about the features, over batches and processes.
 
-    ``update`` takes features (B, C, grid, grid) and ``held_out``, bool (B,), which marks the images that choose lambda.
+    ``update`` takes features (B, C, grid, grid) and ``held_out``, B bools, which mark the images that choose lambda.
     With side = grid - kernel_size + 1 and d = C * kernel_size^2, ``compute`` returns the states, float64. Their index 0
     is for the images to fit, 1 for those held out:
 
@@ -86,10 +86,12 @@ class RidgeStatistics(Metric):
         for name, shape in (("gram", (2, d, d)), ("sums", (2, d, side**2)), ("images", (2,))):
             self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, features: Tensor, held_out: Tensor) -> None:
-        _check(features, held_out, self.in_channels, self.grid)
+    def update(self, features: Tensor, held_out: Tensor | list[bool]) -> None:
+        marks = torch.tensor(held_out, dtype=torch.bool) if isinstance(held_out, list) else held_out
+        _check(features, marks, self.in_channels, self.grid)
+        parts = held_out if isinstance(held_out, list) else held_out.tolist()  # a list is no value to wait for
         with torch.autocast(features.device.type, enabled=False):  # would halve the products' precision
-            for i, part in enumerate(held_out.int().tolist()):
+            for i, part in enumerate(map(int, parts)):
                 image = features[i : i + 1].to(torch.promote_types(features.dtype, torch.float32))
                 x = F.unfold(image, self.kernel_size)[0]  # (d, cells), ordered as (C, k, k)
                 mean = x.mean(1, dtype=torch.float64)
@@ -110,7 +112,7 @@ class RidgeReadout(nn.Module):
 
     Args:
         targets: names of the maps, T of them.
-        maps: the maps, (T, size, size).
+        maps: the maps, (T, H, W).
         weight: (T, C, k, k), for features that are not standardised.
         bias: (T,).
         grid: side of the aligned features in cells.
@@ -129,27 +131,29 @@ class RidgeReadout(nn.Module):
     maps: Tensor
     weight: Tensor
     bias: Tensor
-    up: Tensor
+    up_h: Tensor
+    up_w: Tensor
 
     def __init__(
         self, targets: Sequence[str], maps: Tensor, weight: Tensor, bias: Tensor, grid: int, lam: Sequence[float]
     ) -> None:
         super().__init__()
         self.targets, self.lam = tuple(targets), tuple(lam)
-        self.kernel_size, self.grid, self.size = weight.shape[-1], grid, maps.shape[-1]
+        self.kernel_size, self.grid, self.size = weight.shape[-1], grid, (maps.shape[-2], maps.shape[-1])
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("maps", maps.to(weight), persistent=False)
-        up = upsampling(readout_side(self.kernel_size, grid=grid), self.size)
-        self.register_buffer("up", up.to(weight), persistent=False)  # (size, side)
+        side = readout_side(self.kernel_size, grid=grid)
+        for name, pixels in zip(("up_h", "up_w"), self.size, strict=True):
+            self.register_buffer(name, upsampling(side, pixels).to(weight), persistent=False)
 
     def predict_small(self, features: Tensor) -> Tensor:
         """The prediction before upsampling: (B, C, grid, grid) -> (B, T, side, side)."""
         return conv_few(features, self.weight, 0) + self.bias[:, None, None]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Predicted position maps: (B, C, grid, grid) -> (B, T, size, size)."""
-        return self.up @ self.predict_small(features) @ self.up.T
+        """Predicted position maps: (B, C, grid, grid) -> (B, T, H, W)."""
+        return self.up_h @ self.predict_small(features) @ self.up_w.T
 
 
 @torch.no_grad()
@@ -164,12 +168,12 @@ def solve(
     Args:
         statistics: of the images; their sum over all processes is used.
         targets: names of the maps, T of them.
-        maps: (T, size, size).
+        maps: (T, H, W).
         lambdas: penalties to choose from, each above 0.
 
     Raises:
         ValueError: without images to fit or held-out images, for features that are not finite, for maps that are not
-            one square per target, or for bad ``lambdas``.
+            one per target, or for bad ``lambdas``.
 
     Source: paper, section 3.1, for the readout's place; ridge is ours.
 
@@ -267,7 +271,7 @@ def solve_by_gradients(
     level = target.mean((1, 2))
     count, ones = images[0] * side**2, torch.ones_like(target[None, :1])
     mean = _correlate(sums[:1], ones, k)[0] / count  # (d,)
-    inverse_sd = _inverse_sd(mean, _correlate(squares[:1], ones, k)[0] / count)
+    inverse_sd = inverse_deviation(mean, _correlate(squares[:1], ones, k)[0] / count)
     cross = _correlate(sums[:1], (target - level[:, None, None])[None], k) / count * inverse_sd  # (T, d)
 
     def apply(vectors: Tensor) -> Tensor:
@@ -282,7 +286,7 @@ def solve_by_gradients(
                 total += prediction.sum((0, 2, 3), dtype=torch.float64)
         return (product - total[:, None] * mean) * inverse_sd / count
 
-    weight = (_shifted_gradients(apply, cross, penalties, iterations) * inverse_sd).float()  # (T, L, d)
+    weight = (shifted_gradients(apply, cross, penalties, iterations) * inverse_sd).float()  # (T, L, d)
     bias = (level[:, None] - weight.double() @ mean).float()
     error = torch.zeros_like(bias, dtype=torch.float64)  # squared error on held-out images
     for features, held_out in sweep():
@@ -309,11 +313,17 @@ def _sums(batches: Iterable[tuple[Tensor, Tensor]], totals: Tensor) -> tuple[Ten
     return sums, squares, images
 
 
-def _shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalties: Tensor, iterations: int) -> Tensor:
+def shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalties: Tensor, iterations: int) -> Tensor:
     """Solves (A + lambda) x = b for each b of ``right`` (T, d) and each of L ``penalties``: (T, L, d), float64.
 
     Conjugate gradients run on the system of the smallest penalty. The residuals of the others are multiples (``scale``)
-    of its residual.
+    of its residual. On a GPU it takes all iterations: to ask whether it has converged would be to wait for the device.
+
+    Args:
+        apply: multiplies the matrix A by vectors (T, d).
+        right: b.
+        penalties: each lambda, above 0.
+        iterations: the most to take.
     """
     seed = penalties.min()
     shift = penalties - seed  # (L,)
@@ -325,7 +335,7 @@ def _shifted_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, penalti
     scale = ratio = torch.ones_like(directions[:, :, 0])  # (T, L)
     for _ in range(iterations):
         active = norm > 1e-16 * start  # squared: a relative residual of 1e-8
-        if not active.any():
+        if right.device.type == "cpu" and not active.any():
             break
         image = apply(direction) + seed * direction
         step = torch.where(active, norm / (direction * image).sum(1).clamp_min(TINY), 0.0)
@@ -354,12 +364,12 @@ def _correlate(features: Tensor, maps: Tensor, k: int) -> Tensor:
 def _standardised(gram: Tensor, sums: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (d,), 1 / sd (d,) and correlation matrix (d, d) of features seen ``count`` times."""
     mean = sums.sum(1) / count
-    inverse_sd = _inverse_sd(mean, gram.diagonal() / count)
+    inverse_sd = inverse_deviation(mean, gram.diagonal() / count)
     correlation = (gram / count).addr_(mean, mean, alpha=-1).mul_(inverse_sd).mul_(inverse_sd[:, None])
     return mean, inverse_sd, correlation
 
 
-def _inverse_sd(mean: Tensor, square: Tensor) -> Tensor:
+def inverse_deviation(mean: Tensor, square: Tensor) -> Tensor:
     """1 / sd from the means of x and of x^2; 0 for a constant."""
     variance = square - mean.square()
     return torch.where(variance > CONSTANT_SD**2 * square, variance.clamp_min(TINY).rsqrt(), 0.0)
@@ -373,9 +383,9 @@ def _ridge(correlation: Tensor, cross: Tensor, penalties: Tensor) -> Tensor:
 
 
 def _cells(targets: Sequence[str], maps: Tensor, side: int) -> Tensor:
-    """The mean of maps (T, size, size) over each cell: (T, side, side)."""
-    if maps.shape != (len(targets), maps.shape[-1], maps.shape[-1]):
-        raise ValueError(f"maps are {tuple(maps.shape)}; expected ({len(targets)}, size, size)")
+    """The mean of maps (T, H, W) over each of side x side cells: (T, side, side)."""
+    if maps.ndim != 3 or len(maps) != len(targets):
+        raise ValueError(f"maps are {tuple(maps.shape)}; expected ({len(targets)}, height, width)")
     return F.adaptive_avg_pool2d(maps, side)
 
 

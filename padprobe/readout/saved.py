@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from padprobe.maps import TARGETS
+from padprobe.maps import PERMUTATION, TARGETS, size_pair
 from padprobe.readout.posenet import PosENet
 from padprobe.readout.spec import Readout
 from padprobe.results import write_atomically
@@ -35,7 +35,7 @@ class SavedReadouts:
     states: list[dict[str, Tensor]]
     targets: list[str]
     grid: int
-    image_size: int
+    image_size: tuple[int, int]
     normalize: bool
     selectivity: bool
     layers: list[str]
@@ -81,7 +81,12 @@ def save_readouts(
         [(Readout(kind='posenet', stages='all', kernel_size=3, depth=1, padding=0, scale='unit'), 0)]
     """
     trained = {key: module for key, module in made.items() if isinstance(module, PosENet)}
-    header = {**facts, "targets": list(targets), "readouts": [(dataclasses.asdict(r), seed) for r, seed in trained]}
+    header = {
+        **facts,
+        "targets": list(targets),
+        "permutation": PERMUTATION,
+        "readouts": [(dataclasses.asdict(r), seed) for r, seed in trained],
+    }
     tensors = {
         f"{i}.{name}": value.detach().cpu().contiguous()
         for i, module in enumerate(trained.values())
@@ -92,6 +97,8 @@ def save_readouts(
 
 def load_readouts(path: str | Path) -> SavedReadouts:
     """Reads a file that :func:`save_readouts` wrote, as data only.
+
+    Controls of a version that permuted the targets in another way are left out: they do not fit today's controls.
 
     Raises:
         ValueError: for a file that does not exist, is not a safetensors file, or was not written by padprobe.
@@ -114,4 +121,20 @@ def load_readouts(path: str | Path) -> SavedReadouts:
     for name, value in tensors.items():
         number, _, key = name.partition(".")
         states[int(number)][key] = value
+    header["image_size"] = size_pair(header["image_size"])
+    if header["selectivity"] and header.get("permutation") != PERMUTATION:
+        states = [_without_controls(state, len(header["targets"])) for state in states]
+        header["selectivity"] = False
     return SavedReadouts(readouts, states, **{fact: header[fact] for fact in _FACTS})
+
+
+def _without_controls(state: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The state of a readout of the first ``count`` targets of a readout."""
+    kept = {}
+    for name, value in state.items():
+        if name.startswith("hidden."):  # hidden.TARGET.LAYER.weight
+            if int(name.split(".")[1]) < count:
+                kept[name] = value
+        else:
+            kept[name] = value[:count] if value.ndim else value
+    return kept

@@ -50,6 +50,8 @@ def test_spellings_of_the_command_line():
     readouts = parse("--readouts", "posenet", "kernel_size=7", "ridge,kernel_size=1").readouts
     assert readouts == [Readout(), Readout(kernel_size=7), Readout("ridge", kernel_size=1)]
     assert parse("--readouts", "vgg16.safetensors").readouts == "vgg16.safetensors"
+    sizes = ("240x320", "96x96", "96"), ((240, 320), 96, 96)
+    assert [parse("--image-size", text).image_size for text in sizes[0]] == list(sizes[1])
     with pytest.raises(ValueError, match="give the file alone"):
         parse("--readouts", "vgg16.safetensors", "ridge")
 
@@ -70,15 +72,36 @@ def test_untrained_weights_are_settled_and_trained_ones_are_not():
         ({"limit_train": 0}, "limit_train is 0; expected 1 or more"),
         ({"limit_test": -2}, "limit_test is -2; expected 1 or more"),
         ({"cache_gb": -1.0}, r"cache_gb is -1\.0; expected 0 or more"),
+        ({"epochs": True}, "epochs is True; expected an integer"),
+        ({"batch_size": 8.0}, "batch_size is 8.0; expected an integer"),
+        ({"untrained": "3"}, "untrained is '3'; expected an integer"),
+        ({"grid": float("nan")}, "grid is nan; expected an integer"),
+        ({"cache_gb": float("nan")}, "cache_gb is nan; expected a finite number"),
+        ({"cache_gb": float("inf")}, "cache_gb is inf; expected a finite number"),
+        ({"normalize": "yes"}, "normalize is 'yes'; expected bool"),
+        ({"targets": "HV"}, "targets is 'HV'; expected list"),
+        ({"seeds": [0.5]}, r"seeds is \[0.5\]; expected list"),
+        ({"seeds": [-1]}, "a seed is -1; expected 0 or more"),
         ({"readouts": []}, "readouts is empty; expected at least one"),
         ({"targets": []}, "targets is empty"),
         ({"seeds": ()}, "seeds is empty"),
         ({"stages": []}, "stages is empty"),
+        ({"image_size": (1, 5)}, r"image_size is \(1, 5\); expected 2 or more"),
+        ({"image_size": 1}, "image_size is 1; expected 2 or more"),
+        ({"image_size": (3, 4, 5)}, r"image_size is \(3, 4, 5\); expected pixels: 224 for a square, or height"),
+        ({"image_size": 32.0}, r"image_size is 32\.0; expected pixels"),
+        ({"image_size": True}, "image_size is True; expected pixels"),
     ],
 )
 def test_a_value_that_is_not_possible_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         ProbeOptions(**options)
+
+
+@pytest.mark.parametrize("size", ["0x3", "224x", "1x2x3", "2.5", "large"])
+def test_an_image_size_that_is_none_is_named_by_the_command_line(size, tmp_path, capsys):
+    assert main(["probe", "--encoder", "torchvision:vgg11", "--out", str(tmp_path), "--image-size", size]) == 2
+    assert f"image_size is {size!r}; expected pixels: 224 for a square, or height and width" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_named_with_the_nearest():

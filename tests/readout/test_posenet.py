@@ -16,7 +16,7 @@ def cached(features: torch.Tensor) -> FeatureCache:
 
 
 def literal(readout: PosENet, features: torch.Tensor) -> torch.Tensor:
-    """The paper's readout in plain torch layers, upsampled to full size: (B, T, size, size)."""
+    """The paper's readout in plain torch layers, upsampled to full size: (B, T, H, W)."""
     maps = []
     for t, hidden in enumerate(readout.hidden):
         raw = F.conv2d(hidden(features), readout.weight[t : t + 1], readout.bias[t : t + 1], padding=readout.padding)
@@ -28,7 +28,7 @@ def literal(readout: PosENet, features: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kernel_size", "depth", "padding", "size"),
-    [(3, 1, 0, 224), (1, 1, 0, 96), (7, 1, 2, 61), (3, 3, 0, 64), (3, 2, 1, 64)],
+    [(3, 1, 0, 224), (1, 1, 0, 96), (7, 1, 2, (61, 40)), (3, 3, 0, (30, 64)), (3, 2, 1, 64)],
 )
 def test_loss_and_gradient_are_those_of_the_literal_readout(kernel_size, depth, padding, size):
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from padprobe.scores import spearman
 
 TARGETS = ("H", "G", "VS")
 MAPS = position_maps(32, TARGETS)
+OBLONG = position_maps((24, 40), TARGETS)
 
 
 def random_features(images=20, channels=5, grid=8, seed=0):
@@ -71,24 +72,24 @@ def assert_close(readout, weight, bias, features, tolerance):
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize("lam", [1e-5, 0.3])
-def test_the_solution_is_that_of_dense_least_squares_on_all_images(kernel_size, lam):
+@pytest.mark.parametrize(("lam", "maps"), [(1e-5, MAPS), (0.3, MAPS), (0.3, OBLONG)])
+def test_the_solution_is_that_of_dense_least_squares_on_all_images(kernel_size, lam, maps):
     features, held_out = random_features(), last_held_out(20, 5)
-    readout = solve(statistics_of(features, held_out, kernel_size), TARGETS, MAPS, [lam])
-    assert_close(readout, *dense(features, kernel_size, lam), features, 2e-5)
+    readout = solve(statistics_of(features, held_out, kernel_size), TARGETS, maps, [lam])
+    assert_close(readout, *dense(features, kernel_size, lam, maps), features, 2e-5)
     assert readout.lam == (lam,) * 3
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize("lam", [1e-5, 0.3])
-def test_gradients_reach_the_solution_of_dense_least_squares_on_the_images_to_fit(kernel_size, lam):
+@pytest.mark.parametrize(("lam", "maps"), [(1e-5, MAPS), (0.3, MAPS), (0.3, OBLONG)])
+def test_gradients_reach_the_solution_of_dense_least_squares_on_the_images_to_fit(kernel_size, lam, maps):
     features = random_features()
     held_out = torch.arange(20) % 4 == 1  # some in every batch
     readout = solve_by_gradients(
-        gradient_batches(features, held_out), 5, TARGETS, MAPS, kernel_size, 8, [lam], iterations=100
+        gradient_batches(features, held_out), 5, TARGETS, maps, kernel_size, 8, [lam], iterations=100
     )
     fitted = features[~held_out]
-    assert_close(readout, *dense(fitted, kernel_size, lam), fitted, 1e-4)
+    assert_close(readout, *dense(fitted, kernel_size, lam, maps), fitted, 1e-4)
 
 
 @pytest.mark.parametrize("lambdas", [[1e-3, 1e-1, 1.0], [1.0, 1e-3, 1e-1]])
@@ -233,7 +234,7 @@ def test_the_readout_has_posenets_shapes_and_its_weights_travel_in_the_state():
     assert readout.weight.shape == (3, 5, 3, 3)
     assert readout.predict_small(features).shape == (20, 3, 6, 6)
     assert readout(features).shape == (20, 3, 32, 32)
-    assert (readout.kernel_size, readout.depth, readout.padding, readout.grid, readout.size) == (3, 1, 0, 8, 32)
+    assert (readout.kernel_size, readout.depth, readout.padding, readout.grid, readout.size) == (3, 1, 0, 8, (32, 32))
     copy = RidgeReadout(TARGETS, MAPS, torch.zeros(3, 5, 3, 3), torch.zeros(3), 8, readout.lam)
     copy.load_state_dict(readout.state_dict())
     assert torch.equal(copy(features), readout(features))
@@ -263,7 +264,7 @@ def test_bad_input_is_named():
     marked = statistics_of(features, last_held_out(20, 5))
     with pytest.raises(ValueError, match=r"lambdas are \(0.0, 1.0\)"):
         solve(marked, TARGETS, MAPS, [0.0, 1.0])
-    with pytest.raises(ValueError, match=r"maps are \(3, 32, 32\); expected \(2, size, size\)"):
+    with pytest.raises(ValueError, match=r"maps are \(3, 32, 32\); expected \(2, height, width\)"):
         solve(marked, ["H", "V"], MAPS)
     features[3, 2, 1, 1] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):

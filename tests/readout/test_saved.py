@@ -6,14 +6,16 @@ import torch
 from torch import nn
 
 from padprobe import load_encoder, probe_encoder
-from padprobe.readout.saved import load_readouts
+from padprobe.maps import shuffled
+from padprobe.readout.posenet import PosENet
+from padprobe.readout.saved import load_readouts, save_readouts
 from padprobe.readout.spec import Readout
 
 LABELS = {"encoder": "small", "weights": "given", "run": "small"}
 
 
 def images(n, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).random((n, 3, 32, 32), np.float32))
+    return torch.from_numpy(np.random.default_rng(seed).random((n, 3, 24, 32), np.float32))
 
 
 def small(width=6):
@@ -24,7 +26,7 @@ def small(width=6):
 
 
 def probe(encoder, path, **options):
-    common = {"train": images(12), "test": {"new": images(5, 1)}, "image_size": 32, "grid": 8, "untrained": 0}
+    common = {"train": images(12), "test": {"new": images(5, 1)}, "image_size": (24, 32), "grid": 8, "untrained": 0}
     return probe_encoder(encoder, labels=LABELS, **{**common, "epochs": 2, "targets": ["H", "V"], **options})
 
 
@@ -38,6 +40,7 @@ def test_saved_readouts_score_an_encoder_as_they_did_when_they_were_trained(tmp_
     assert again.rows.equals(rows)
     assert all((again.maps[key] == trained.maps[key]).all() for key in again.maps)
     assert again.maps.keys() == trained.maps.keys()
+    assert again.maps["small/new/H/error"].shape == (24, 32)
 
 
 def test_they_read_the_layers_that_they_were_trained_on(tmp_path):
@@ -87,6 +90,21 @@ def diagonal(y, x):
 def test_what_cannot_be_saved_is_named(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         probe(small(), tmp_path, save_to=tmp_path / "readouts.safetensors", **options)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_controls_of_an_older_permutation_are_left_out(tmp_path, monkeypatch, depth):
+    made = PosENet(4, ["H", "V", shuffled("H", 6), shuffled("V", 6)], 3, depth, 1, 6, 12).eval()
+    facts = {"grid": 6, "image_size": 12, "normalize": False, "selectivity": True, "layers": ["0"]}
+    monkeypatch.setattr("padprobe.readout.saved.PERMUTATION", 1)
+    save_readouts(tmp_path / "old.safetensors", {(Readout(depth=depth), 0): made}, ["H", "V"], **facts)
+    monkeypatch.undo()
+    old = load_readouts(tmp_path / "old.safetensors")
+    targets_alone = PosENet(4, ["H", "V"], 3, depth, 1, 6, 12).eval()
+    targets_alone.load_state_dict(old.states[0])
+    features = torch.rand(2, 4, 6, 6)
+    assert not old.selectivity
+    assert torch.allclose(targets_alone(features), made(features)[:, :2])
 
 
 def test_the_shipped_readouts_are_small_and_read_position_out_of_vgg16(data):
