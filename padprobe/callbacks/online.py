@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from padprobe.processes import images_per_process, several_processes
 from padprobe.readout.posenet import PosENet, make_optimizer
-from padprobe.readout.ridge import RidgeReadout, RidgeStatistics, solve, solve_by_gradients
-from padprobe.scores import score_maps
+from padprobe.readout.ridge import RidgeReadout, RidgeStatistics, solve
+from padprobe.scores import PositionScores, constant_error, is_constant, mean_absolute_error, standard_ranks
 
 
 class OnlinePosENet:
@@ -64,7 +63,7 @@ class OnlinePosENet:
     def _backward_together(self, features: Tensor | None, counts: list[int]) -> None:
         """Computes, in each process, the gradients of the loss on the images of all processes."""
         readout, rank = self.readout, dist.get_rank()
-        side = readout.gram.shape[0]
+        side = readout.side
         raw = None if features is None else readout.raw(features)
         block = readout.weight.new_zeros(max(counts), len(readout.targets), side, side)
         if raw is not None:
@@ -116,7 +115,7 @@ class OnlineRidge:
     """The closed-form readout of the host's recent batches, without an optimizer or a learning rate.
 
     A batch's statistics enter with weight 1 and lose weight with each later batch. So the readout describes the network
-    as it is now. Every fifth image helps to choose the penalty.
+    as it is now. The last fifth of each batch chooses the penalty: neighbours may be video frames that are alike.
 
     With several processes, each gathers statistics of its own images. :meth:`current` sums them on process 0, whose
     state goes into a checkpoint. A checkpoint therefore lacks the batches that other processes saw after that.
@@ -135,7 +134,6 @@ class OnlineRidge:
         self.targets, self.maps, self.forget = targets, maps, forget
         self.statistics = RidgeStatistics(in_channels, kernel_size, grid)
         self.steps = 0
-        self._seen = 0  # images in this process
 
     def step(self, features: Tensor | None, late: bool) -> None:
         """Adds a batch (B, C, grid, grid), or None if this process has no images. ``late`` changes nothing."""
@@ -144,9 +142,9 @@ class OnlineRidge:
             getattr(statistics, name).mul_(self.forget)
         if features is None:
             features = torch.zeros(0, statistics.in_channels, statistics.grid, statistics.grid)
-        index = torch.arange(self._seen, self._seen + len(features))
-        statistics.update(features, index % 5 == 4)
-        self._seen += len(features)
+        n = len(features)
+        held_out = max(1, n // 5) if n > 1 else n * (self.steps % 5 == 1)
+        statistics.update(features, [i >= n - held_out for i in range(n)])
         self.steps += 1
 
     def current(self) -> RidgeReadout | None:
@@ -172,37 +170,82 @@ class OnlineRidge:
     def state_dict(self) -> dict[str, Any]:
         """The state, as plain tensors and numbers."""
         state = {name: getattr(self.statistics, name) for name in self.STATES}
-        return {**state, "seen": self._seen, "steps": self.steps}
+        return {**state, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.statistics.reset()  # otherwise torchmetrics returns the result that it has cached
         self.step(None, late=False)
-        self._seen, self.steps = state["seen"], state["steps"]
+        self.steps = state["steps"]
         first = not several_processes() or dist.get_rank() == 0
         for name in self.STATES:
             value = getattr(self.statistics, name)
             value.copy_(state[name]) if first else value.zero_()
 
 
-def small_readout(features: Tensor, targets: Sequence[str], maps: Tensor) -> Tensor:
-    """SPC of a small readout on a few images: (T,), means over images.
-
-    A 1 x 1 ridge readout is fitted on each half of the images and scored on the other half. The images are too few for
-    a score to report, but the same measurement before and after a training shows what the training changed.
-    ``features`` are (B, C, grid, grid), B at least 4; ``maps`` (T, size, size).
+def make_online(in_channels: int, maps: Tensor, options: Mapping[str, Any]) -> OnlinePosENet | OnlineRidge:
+    """A new readout of the maps (T, H, W), with the callback's options.
 
     Example:
-        >>> maps = torch.linspace(0, 1, 28).expand(1, 28, 28)
-        >>> features = torch.linspace(0, 1, 14).expand(8, 1, 14, 14)  # position itself
-        >>> small_readout(features, ["H"], maps) > 0.99
-        tensor([True])
+        >>> shape = {"kernel_size": 1, "depth": 1, "padding": 0, "grid": 8}
+        >>> options = {"readout": "ridge", "targets": ["H"], "forget": 0.9, "lr": 0.1, "seed": 0, **shape}
+        >>> type(make_online(4, torch.rand(1, 16, 24), options)).__name__
+        'OnlineRidge'
     """
-    index, scores = torch.arange(len(features)), []
-    channels, grid, device = features.shape[1], features.shape[-1], features.device
-    for half in (0, 1):
-        fitted, scored = features[index % 2 == half], features[index % 2 != half]
-        batches = functools.partial(itertools.repeat, (fitted, torch.arange(len(fitted)) % 4 == 1), 1)
-        readout = solve_by_gradients(batches, channels, targets, maps, 1, grid, iterations=15, device=device)
-        with torch.no_grad():
-            scores.append(score_maps(readout(scored), maps)["spc"])
-    return torch.cat(scores).mean(0)
+    o = options
+    if o["readout"] == "ridge":
+        return OnlineRidge(o["targets"], maps, in_channels, o["kernel_size"], o["grid"], o["forget"])
+    size = (maps.shape[-2], maps.shape[-1])
+    shape = (o["kernel_size"], o["depth"], o["padding"], o["grid"], size, o["seed"])
+    return OnlinePosENet(PosENet(in_channels, o["targets"], *shape).float(), o["lr"])
+
+
+def saved_channels(state: Mapping[str, Any], kernel_size: int) -> int:
+    """How many channels the readout reads whose state was saved."""
+    return state["gram"].shape[-1] // kernel_size**2 if "gram" in state else state["readout"]["weight"].shape[1]
+
+
+class OnlineScores(PositionScores):
+    """Scores of a batch's predictions, as means over the views of each sample. It never waits for the device.
+
+    Example:
+        >>> target = torch.arange(16.0).view(1, 4, 4)
+        >>> scores = OnlineScores(target)
+        >>> scores.update(torch.stack([target, target, -target, target]), views=2)  # of two samples
+        >>> scores.per_image()["spc"]
+        tensor([[0.],
+                [1.]])
+    """
+
+    def update(self, prediction: Tensor, views: int = 1) -> None:  # type: ignore[override]
+        """Adds finite predictions (views * samples, T, H, W), view after view."""
+        scores = {"spc": finite_spearman(prediction, self.target, self.target_ranks)}
+        scores["mae"] = mean_absolute_error(prediction, self.target)
+        scores["nmae"] = scores["mae"] / constant_error(self.target)
+        for name, values in scores.items():
+            getattr(self, name).append(values.float().unflatten(0, (views, len(values) // views)).mean(0))
+        constant = is_constant(prediction, self.target)
+        states: list[Tensor] = self.constant  # type: ignore[assignment]
+        states.append(constant.unflatten(0, (views, len(constant) // views)).all(0))
+
+
+def by_view(features: Tensor, samples: int, batch: Any) -> Tensor:
+    """Features (views * samples, ...) as (views, samples, ...).
+
+    They come view after view, except where ``batch`` has a tensor (samples, views, ...), such as the frames of videos.
+
+    Example:
+        >>> by_view(torch.arange(6), 2, batch=torch.zeros(2, 3, 8, 8)).tolist()
+        [[0, 3], [1, 4], [2, 5]]
+    """
+    views = len(features) // samples
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if views > 1 and any(leaf.shape[:2] == (samples, views) for leaf in leaves):
+        return features.unflatten(0, (samples, views)).transpose(0, 1)
+    return features.unflatten(0, (views, samples))
+
+
+def finite_spearman(prediction: Tensor, maps: Tensor, ranks: Tensor) -> Tensor:
+    """SPC of finite predictions (B, T, H, W) with maps (T, H, W) of known ranks: (B, T); 0 for a constant one."""
+    parts = prediction.split(1) if prediction.device.type == "cpu" and len(prediction) else [prediction]
+    spc = torch.cat([(standard_ranks(part) * ranks).sum(-1) for part in parts])
+    return torch.where(is_constant(prediction, maps), 0.0, spc)

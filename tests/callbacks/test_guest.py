@@ -221,7 +221,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_exactly(options, tmp_path, batches):
     assert equal(again, state)
     assert sorted(scores) == [6, 12, 18]
     assert later == {step: scores[step] for step in (12, 18)}
-    assert "position/V/delta" in later[18]
+    assert "position/V/change" in later[18]
 
 
 def fitted(tmp_path, host, batches, **options):

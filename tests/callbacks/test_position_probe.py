@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from padprobe import PositionProbeCallback, spearman
-from padprobe.callbacks.online import small_readout
+from padprobe.callbacks.change import small_readout
 from padprobe.maps import position_maps
 from padprobe.network.tap import align
 from tests.conftest import Frozen, Host, trainer
@@ -90,18 +90,18 @@ def test_its_checkpoint_keeps_the_layout_of_earlier_versions(tmp_path, host, bat
     """Otherwise readouts of runs that are going on could not be resumed."""
     expected = {
         "posenet": {"readout", "momenta", "steps"},
-        "ridge": {"gram", "sums", "images", "seen", "steps"},
+        "ridge": {"gram", "sums", "images", "steps"},
     }
     for readout, keys in expected.items():
         run = trainer(tmp_path, probe(readout=readout, kernel_size=1, targets=["H"], each_stage=True), max_epochs=1)
-        run.fit(host, batches)
+        run.fit(host, batches, batches)
         run.save_checkpoint(tmp_path / "end.ckpt")
         saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
         state = saved["PositionProbeCallback{'encoder': None, 'stages': 'auto', 'targets': ['H']}"]
-        assert state.keys() == {"options", "probes", "batches", "before"}
+        assert state.keys() == {"options", "size", "probes", "batches", "start"}
         assert set(state["options"]) == {
             *("readout", "targets", "kernel_size", "depth", "padding", "grid", "image_size"),
-            *("each_stage", "every_n_steps", "lr", "forget", "seed"),
+            *("each_stage", "every_n_steps", "lr", "forget", "seed", "layout"),
         }
         assert state["probes"].keys() == {"", "f1", "f2"}
         assert all(online.keys() == keys for online in state["probes"].values())
@@ -152,7 +152,7 @@ def test_two_probes_and_two_fits_are_fine(tmp_path, host, batches):
 
 
 def test_two_probes_that_would_log_under_the_same_key_are_refused(tmp_path, host, batches):
-    with pytest.raises(MisconfigurationException, match="read out G, H"):
+    with pytest.raises(MisconfigurationException, match=r"same keys .position/G, position/H.: give one of them a name"):
         trainer(tmp_path, probe(targets=["H", "G"]), probe()).fit(host, batches, batches)
 
 
@@ -178,12 +178,12 @@ def test_features_that_are_not_finite_do_not_spoil_the_readout(tmp_path, host, b
             self.zero_grad()
 
     guest = probe()
-    trainer(tmp_path, guest).fit(Overflowing(), batches)
+    trainer(tmp_path, guest).fit(Overflowing(), batches, batches)
     assert guest._probes[""].steps == 12
     assert all(p.isfinite().all() for p in guest._probes[""].readout.state_dict().values())
 
 
-def test_delta_is_what_training_changed(tmp_path, batches):
+def test_change_is_what_training_changed(tmp_path, batches):
     """Of a host that learns nothing, on the same batch, it is 0; of one that loses its padding it is what was there."""
 
     class Losing(Frozen):
@@ -196,18 +196,18 @@ def test_delta_is_what_training_changed(tmp_path, batches):
         torch.manual_seed(0)
         run = trainer(tmp_path, probe(), max_epochs=2)
         run.fit(kind(), one, batches)
-        changes[kind] = {k: v.item() for k, v in run.callback_metrics.items() if k.endswith(("before", "delta"))}
+        changes[kind] = {k: v.item() for k, v in run.callback_metrics.items() if k.endswith(("start", "change"))}
     assert len(changes[Frozen]) == 2 * len(TARGETS)
     for target in TARGETS:
-        before, delta = f"position/{target}/before", f"position/{target}/delta"
-        assert changes[Frozen][delta] == pytest.approx(0, abs=1e-5)
-        assert changes[Frozen][before] == pytest.approx(changes[Losing][before], abs=1e-6)
+        start, change = f"position/{target}/start", f"position/{target}/change"
+        assert changes[Frozen][change] == pytest.approx(0, abs=1e-5)
+        assert changes[Frozen][start] == pytest.approx(changes[Losing][start], abs=1e-6)
         if target in ("H", "V", "G"):
-            assert changes[Losing][before] > 0.4
-            assert changes[Losing][before] + changes[Losing][delta] == pytest.approx(0, abs=0.15)
+            assert changes[Losing][start] > 0.4
+            assert changes[Losing][start] + changes[Losing][change] == pytest.approx(0, abs=0.15)
 
 
-def test_before_is_of_the_first_batch_before_the_first_step(tmp_path, batches):
+def test_start_is_of_the_first_batch_before_the_first_step(tmp_path, batches):
     """Against the host's own features by hand, BatchNorm in training mode as in the step."""
     torch.manual_seed(0)
     host, x, aligned = Host(), batches.dataset.tensors[0][:8], []
@@ -216,18 +216,18 @@ def test_before_is_of_the_first_batch_before_the_first_step(tmp_path, batches):
             x = layer(x)
             if i in (2, 5):
                 aligned.append(align(x, 16))
-    expected = small_readout(torch.cat(aligned, 1), TARGETS, position_maps(32))
+    expected = small_readout(torch.cat(aligned, 1), position_maps(32)).mean(0)
     run = trainer(tmp_path, probe(), max_epochs=1)
     run.fit(host, batches, batches)
-    logged = [run.callback_metrics[f"position/{target}/before"].item() for target in TARGETS]
+    logged = [run.callback_metrics[f"position/{target}/start"].item() for target in TARGETS]
     assert logged == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_of_batches_too_small_for_it_there_is_no_delta(tmp_path, host, batches):
+def test_of_batches_too_small_for_it_there_is_no_change(tmp_path, host, batches):
     run = trainer(tmp_path, probe(), max_epochs=1)
     run.fit(host, DataLoader(batches.dataset, 3), batches)
     assert "position/H/spc" in run.callback_metrics
-    assert "position/H/delta" not in run.callback_metrics
+    assert "position/H/change" not in run.callback_metrics
 
 
 @pytest.mark.parametrize("options", [{}, {"readout": "ridge", "kernel_size": 1}], ids=["posenet", "ridge"])
@@ -313,7 +313,7 @@ def test_what_does_not_exist_is_named_before_training(tmp_path, host, batches, o
         ({"targets": ["H", "Q"]}, "unknown target 'Q'"),
         ({"every_n_steps": 0}, "every_n_steps is 0"),
         ({"kernel_size": 2}, "kernel_size is 2"),
-        ({"stages": "layer1"}, "'auto' or a list"),
+        ({"stages": "layer1"}, "'each_block' or a list"),
         ({"readout": "lasso"}, "unknown readout 'lasso'"),
         ({"readout": "ridge", "depth": 2}, "a ridge readout has depth 1 and no padding; got depth 2 and padding 0"),
         ({"readout": "ridge", "forget": 0.0}, "forget is 0.0; expected a number above 0"),
