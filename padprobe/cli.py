@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from padprobe import __version__
-from padprobe.errors import require
+from padprobe.errors import check_writable, require
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -110,9 +110,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_out(out: str) -> None:
-    """Raises ValueError where the output folder is something else."""
+    """Raises ValueError where the output folder is something else, or cannot be written into."""
     if Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"--out {out!r} is a file; expected a folder, which may be new")
+    if Path(out).exists():
+        check_writable(out, "--out")
 
 
 def _probe(args: list[str]) -> int:

@@ -13,6 +13,7 @@ from segmentation_models_pytorch.base import ClassificationHead
 from torch import Tensor, nn
 
 from padprobe.errors import check_name
+from padprobe.maps import Size, size_pair
 from padprobe.network.encoders import load_encoder
 from padprobe.network.padding import PADDING_MODES, as_built, list_padding, set_padding
 from padprobe.network.tap import center_crop
@@ -22,8 +23,8 @@ DECODERS = ("linear", "unet", "fpn", "deeplabv3plus", "pspnet", "linknet", "uper
 LARGEST = 2048  # px: the search for an image size that works ends here
 
 
-def _resize(maps: Tensor, side: int) -> Tensor:
-    return F.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
+def _resize(maps: Tensor, size: Size) -> Tensor:
+    return F.interpolate(maps, size_pair(size), mode="bilinear", align_corners=False)
 
 
 class DenseNetwork(nn.Module):
@@ -60,10 +61,10 @@ class DenseNetwork(nn.Module):
         self.encoder, self.decoder, self.head = encoder, decoder, head
         self.image_size, self.seen = image_size, image_size
         self.fit = center_crop if alignment == "context" else _resize
-        self.sides: list[int] | None = None  # of the aligned maps; None if the encoder pads
+        self.sides: list[tuple[int, int]] | None = None  # of the aligned maps; None if the encoder pads
         if not list_padding(encoder):
             if alignment == "context":
-                self.seen, self.sides = context_size(encoder, image_size)
+                (self.seen, _), self.sides = context_size(encoder, image_size)
             else:
                 with as_built(encoder):
                     self.sides = output_sides(encoder, image_size)
@@ -74,7 +75,7 @@ class DenseNetwork(nn.Module):
                 f"the image is {image.shape[-2]} x {image.shape[-1]} px; this network needs {self.seen} px to score "
                 f"the central {self.image_size}: give the data more context, or use alignment 'stretch'"
             )
-        maps = self.encoder(center_crop(image, self.seen))
+        maps = self.encoder(center_crop(image, (self.seen, self.seen)))
         if self.sides:
             maps = [self.fit(features, side) for features, side in zip(maps, self.sides, strict=True)]
         return _resize(self.head(self.decoder(maps)), self.image_size)
@@ -142,7 +143,7 @@ class ClassificationNetwork(nn.Module):
         self.head = ClassificationHead(channels, classes, dropout=0.0)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.encoder(center_crop(image, self.image_size))[-1])
+        return self.head(self.encoder(center_crop(image, (self.image_size, self.image_size)))[-1])
 
 
 def build_network(

@@ -25,7 +25,8 @@ def evaluate(results: Results) -> pd.DataFrame:
         One row per comparison, columns :data:`~padprobe.results.CLAIMS`. A difference is compared with its bound by its
         95% interval: "held" where the whole interval is within, "not held" where none of it is, otherwise "undecided".
         The interval of a difference adds the half-widths of the two in quadrature, which is conservative where both
-        were measured on the same images.
+        were measured on the same images or against the same twins. A number that needs an interval and has none is
+        "undecided", see :func:`~padprobe.report.measurements.estimate`.
 
     Raises:
         ValueError: where a claim is declared wrongly.
@@ -53,6 +54,8 @@ def verdict(value: Estimate | None, bound: str, limit: float) -> str:
     """
     if value is None or not math.isfinite(value.value):
         return "not measured"
+    if math.isnan(value.low):
+        return "undecided"
     if bound == "equals":
         if all(abs(end - limit) <= _EXACT for end in value):
             return "held"

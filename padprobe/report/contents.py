@@ -13,6 +13,8 @@ from padprobe.report.sections import Section, Table, number, render, sections_wi
 from padprobe.results import READOUT
 
 _ALONE = "the image alone"
+_SOURCES = {"padding": "zeros", "position_embedding": "learned"}
+"""The sources of position, by the column that states them, and its value where the network has the source."""
 
 
 def readout_name(row: Row) -> str:
@@ -32,7 +34,8 @@ def readout_name(row: Row) -> str:
 
 
 def headline_spec(table: pd.DataFrame, head: pd.DataFrame) -> TableSpec:
-    """The table "how much position": a row per run, one per pair for what padding adds, and the image alone."""
+    """The table "how much position": a row per run, one per pair for what padding and position embedding add, and the
+    image alone."""
     name = _namer(head)
     lines: list[Row] = head.drop_duplicates([*RUN, *READOUT, "stimulus"]).to_dict("records")  # type: ignore[assignment]
     rows: list[Selection] = []
@@ -55,10 +58,12 @@ def readout_sections(table: pd.DataFrame, head: pd.DataFrame) -> list[Section]:
         return []
     text = (
         "SPC is 1 where the predicted map ranks its pixels as the target does, and 0 where nothing is known. In "
-        "brackets is the 95% interval over images; low … high is the range over seeds. Read Δ before SPC: it is SPC "
-        "minus that of untrained encoders with the same padding. Selectivity (sel) is SPC minus the SPC of the same "
-        "readout on a permuted target: near 0, the readout could have learnt any map by heart. A score near that of "
-        "the image alone is content, not position. A gap is the padded run of a pair minus another."
+        "brackets is the 95% interval over images (n of them); low … high is the range over seeds. Read Δ before SPC: "
+        "it is SPC minus that of untrained encoders with the same padding and embedding, and its interval takes in "
+        "their spread. Selectivity (sel) is SPC minus the SPC of the same readout on a permuted target: near 0, the "
+        "readout could have learnt any map by heart. A score near that of the image alone is content, not position. A "
+        "gap is "
+        "the run of a pair with a source of position minus a run without it."
     )
     if not (table["metric"] == "delta").any():
         text += (
@@ -84,10 +89,42 @@ def readout_sections(table: pd.DataFrame, head: pd.DataFrame) -> list[Section]:
         "SPC, then MAE and nMAE, which is MAE divided by the MAE of the best constant: 1 means that nothing was "
         "learnt. A constant prediction counts as SPC 0."
     )
-    return sections_with_tables(
-        ("How much position each encoder holds", text, [render(headline_spec(table, head), by_run(table))]),
-        ("Position by encoder and stimulus", note, [render(spec, by_run(table))]),
+    return [
+        *sections_with_tables(
+            ("How much position each encoder holds", text, [render(headline_spec(table, head), by_run(table))])
+        ),
+        *source_sections(table, head),
+        *sections_with_tables(("Position by encoder and stimulus", note, [render(spec, by_run(table))])),
+    ]
+
+
+def source_sections(table: pd.DataFrame, head: pd.DataFrame) -> list[Section]:
+    """Where the position comes from: SPC with padding minus without, and with position embedding minus without. It
+    names the sources that no run is without. Untrained runs are left out where there are others."""
+    lines: list[Row] = head.drop_duplicates([*RUN, *READOUT, "stimulus"]).to_dict("records")  # type: ignore[assignment]
+    lines = [line for line in lines if line["weights"] != "untrained"] or lines
+    pairs = {line["pair"]: [row for row in lines if row["pair"] == line["pair"]] for line in lines}
+    rows: list[Selection] = []
+    notes: dict[str, list[str]] = {}
+    for pair, alike in pairs.items():
+        rows += [{**row, "label": row["label"].removeprefix("gap ")} for row in _gaps(alike)]
+        for source, used in _SOURCES.items():
+            has = any(line[source] == used for line in alike)
+            without = [other for other in alike if any(_lacks(other, line, source) for line in alike)]
+            if has and all(other["position_embedding"] == "shuffled" for other in without):
+                notes.setdefault(f"Not measured yet is what the {source.replace('_', ' ')} brings to", []).append(pair)
+        if all(line["padding"] == "valid" and line["position_embedding"] in ("", "none") for line in alike):
+            notes.setdefault("Neither padding nor position embedding have", []).append(pair)
+    text = (
+        "SPC of a run with a source of position, padding or position embedding, minus that of the same encoder without "
+        "it. What is left without either comes from the content of the image. "
     )
+    if any(line["position_embedding"] == "shuffled" for line in lines):
+        text += "A shuffled embedding still tells the patches apart: what is lost is the order that training gave it. "
+    text += " ".join(f"{note} {', '.join(names)}." for note, names in notes.items())
+    columns = [{"label": target, "target": target} for target in targets_of(head)]
+    shown = render(TableSpec("sources", "", rows, columns, show=()), by_run(table), "pair") if rows else None
+    return [Section("Where it comes from", text.strip(), [shown] if shown else [])] if rows or notes else []
 
 
 def task_sections(table: pd.DataFrame) -> list[Section]:
@@ -108,9 +145,10 @@ def task_table(table: pd.DataFrame) -> Table | None:
         {"label": ", ".join(filter(None, (names[pair], stages))), "pair": pair, "stages": stages, "readout": ""}
         for pair, stages in scores[["pair", "stages"]].drop_duplicates().itertuples(index=False)
     ]
-    modes = scores[["mode", "padding", "context"]].drop_duplicates().to_dict("records")
+    kept = ["padding", "context", "position_embedding"]
+    modes = scores[["mode", *kept]].drop_duplicates().to_dict("records")
     modes = sorted(modes, key=lambda mode: (mode["padding"] != "zeros", mode["padding"] != "valid", mode["context"]))
-    columns: list[Selection] = [{"label": m["mode"], "padding": m["padding"], "context": m["context"]} for m in modes]
+    columns: list[Selection] = [{"label": mode["mode"], **{key: mode[key] for key in kept}} for mode in modes]
     if {"zeros", "valid"} <= {mode["mode"] for mode in modes}:
         columns.append({"label": "zeros - valid", "padding": "zeros", "minus": {"padding": "valid"}})
     each = {column: list(scores[column].unique()) for column in ("stimulus", "metric")}
@@ -147,7 +185,7 @@ def variance_sections(table: pd.DataFrame) -> list[Section]:
     for stimulus, scores in shares.groupby("stimulus", sort=False):
         kinds: list[tuple[str, pd.DataFrame]] = [
             ("eta2", scores),
-            ("reach", reach.drop_duplicates(["encoder", "mode"])),
+            ("reach", reach.drop_duplicates(["encoder", "padding", "context"])),
         ]
         rows = [
             {
@@ -213,23 +251,33 @@ def _selection(row: Row) -> Selection:
 
 
 def _gaps(lines: list[Row]) -> list[Selection]:
-    """Rows with the SPC of a pair's padded run minus that of each other, read out alike on the same images."""
-    padded = [line for line in lines if line["padding"] == "zeros"]
+    """Rows with the SPC of a pair's run that has a source of position, its padding or its position embedding, minus
+    that of each run without it, read out alike on the same images."""
     rows: list[Selection] = []
-    for other in (line for line in lines if line["padding"] != "zeros"):
-        same = ("source_px", "stimulus", *READOUT)
-        if len(padded) == 1 and all(str(padded[0][key]) == str(other[key]) for key in same):
-            row = {"label": f"gap {other['pair']}: zeros - {other['mode']}", "stimulus": other["stimulus"]}
-            minus = {key: other[key] for key in ("run", "encoder", "weights", "context")}
-            rows.append({**row, **_selection(padded[0]), "minus": minus})
+    for other in lines:
+        for source in _SOURCES:
+            used = [line for line in lines if _lacks(other, line, source)]
+            same = ("source_px", "source_width", "stimulus", *READOUT)
+            if len(used) == 1 and all(str(used[0][key]) == str(other[key]) for key in same):
+                row = {"label": f"gap {other['pair']}: {used[0]['mode']} - {other['mode']}"}
+                minus = {key: other[key] for key in ("run", "encoder", "weights", "context")}
+                rows.append({**row, "stimulus": other["stimulus"], **_selection(used[0]), "minus": minus})
     return rows
+
+
+def _lacks(other: Row, line: Row, source: str) -> bool:
+    """Whether a run differs from another in that it lacks a source of position (or has it changed)."""
+    (kept,) = {*_SOURCES} - {source}
+    alike = line[kept] == other[kept] and (kept == "position_embedding" or line["context"] == other["context"])
+    return bool(alike and line[source] == _SOURCES[source] and other[source] not in ("", _SOURCES[source]))
 
 
 def _alone(table: pd.DataFrame, head: pd.DataFrame) -> list[Selection]:
     """Rows of the image alone: of the first run for each image size and stimulus of the headline."""
     keys = ["run", "encoder", "weights", *READOUT[:-1], "stimulus"]
     rgb = table[(table["stages"] == "rgb") & (table["metric"] == "spc") & ~table["single"]]
-    rgb = rgb.merge(head[keys].drop_duplicates()).drop_duplicates(["image_px", "source_px", *READOUT, "stimulus"])
+    sizes = ["image_px", "image_width", "source_px", "source_width"]
+    rgb = rgb.merge(head[keys].drop_duplicates()).drop_duplicates([*sizes, *READOUT, "stimulus"])
     return [
         {"label": f"{_ALONE} (of {row['run']})", **_selection(row), "stimulus": row["stimulus"]}
         for row in rgb.to_dict("records")

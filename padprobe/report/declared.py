@@ -14,13 +14,14 @@ from padprobe.results import READOUT
 Selection = dict[str, Any]
 """Columns of results.csv and runs.csv, and ``context``, each with the value or the list of values that it may have."""
 
+_SIZES = ("image_px", "source_px", "shown_px", "image_width", "source_width", "shown_width")
 SELECTABLE = (
-    *("run", "pair", "encoder", "weights", "task", "padding", "image_px", "source_px", "shown_px", "context"),
+    *("run", "pair", "encoder", "weights", "task", "padding", "position_embedding", *_SIZES, "context"),
     *READOUT,
     *("stimulus", "target", "metric", "n"),
 )
 BOUNDS = {"at_least": ">=", "at_most": "<=", "above": ">", "below": "<", "equals": "="}
-_NUMBERS = ("image_px", "source_px", "shown_px", "kernel_size", "depth", "head_padding", "n")
+_NUMBERS = (*_SIZES, "kernel_size", "depth", "head_padding", "n")
 _PAPER_READOUT = {"readout": "posenet", "kernel_size": 3, "depth": 1, "head_padding": 0, "scale": "unit"}
 
 

@@ -21,6 +21,7 @@ Maps = dict[tuple[str, str, str, str], np.ndarray]
 
 _DISTANCE = "distance to the nearest border (pixels)"
 _MAIN = ("H", "V", "G")
+_STYLES = {"zeros": "-", "learned": "-", "valid": "--", "none": "--"}  # by position embedding, else by padding
 
 
 def to_png(figure: Figure) -> bytes:
@@ -91,8 +92,8 @@ def draw_reach(profile: pd.DataFrame) -> Figure | None:
 
 def _draw_lines(panels: Sequence[tuple[str, str, pd.DataFrame]], x: str, label: str) -> Figure | None:
     """A line per run in each panel (title, y label, rows), with its interval, at most three panels in a line; None
-    without panels. Colour is the pair; lines are solid with zero padding, dashed without padding, dash-dotted with
-    context, dotted for other paddings."""
+    without panels. Colour is the pair; lines are solid with zero padding or a learned position embedding, dashed
+    without, dash-dotted with context, dotted for other paddings and a shuffled embedding."""
     if not panels:
         return None
     columns = min(len(panels), 3)
@@ -104,7 +105,7 @@ def _draw_lines(panels: Sequence[tuple[str, str, pd.DataFrame]], x: str, label: 
     styles: dict[str, dict[str, Any]] = {
         row["run"]: {
             "color": f"C{pairs.index(row['pair'])}",
-            "linestyle": "-." if row["context"] else {"zeros": "-", "valid": "--"}.get(row["padding"], ":"),
+            "linestyle": "-." if row["context"] else _STYLES.get(row["position_embedding"] or row["padding"], ":"),
         }
         for row in runs
     }
@@ -135,8 +136,8 @@ def draw_maps(maps: Maps, shown: Sequence[tuple[str, str]]) -> Figure | None:
     targets = [t for t in TARGETS if any((*place, t, "prediction") in maps for place in shown)]
     if not targets:
         return None
-    size = next(v.shape[0] for k, v in maps.items() if k[3] == "prediction")
-    truth = dict(zip(targets, position_maps(size, targets).numpy(), strict=True))
+    height, width = next(v.shape for k, v in maps.items() if k[3] == "prediction")
+    truth = dict(zip(targets, position_maps((height, width), targets).numpy(), strict=True))
     runs = [run for run, _ in shown]
     names = [run if runs.count(run) == 1 else f"{run} {stimulus}" for run, stimulus in shown]
     tiles = {("target", target): truth[target] for target in targets}

@@ -13,21 +13,22 @@ import pandas as pd
 from padprobe.maps import TARGETS
 from padprobe.report.declared import Selection, completed
 from padprobe.report.references import beside, matched
-from padprobe.results import READOUT, Results
+from padprobe.results import READOUT, Results, twins_half_width
 
-RUN = ["run", "pair", "encoder", "weights", "task", "padding", "image_px", "source_px", "shown_px", "context", "mode"]
+_SIZES = ["image_px", "source_px", "shown_px", "image_width", "source_width", "shown_width"]
+RUN = ["run", "pair", "encoder", "weights", "task", "padding", "position_embedding", *_SIZES, "context", "mode"]
 """What is known of a run: ``run`` is the name of its group, ``context`` whether the encoder was shown more than the
-image, ``mode`` the padding in words, with the context."""
+image, ``mode`` the padding in words, with the context and the position embedding."""
 PLACE = [*READOUT, "stimulus", "target", "metric"]
 Row = Mapping[Any, Any]
 """A row of a table, by column."""
 Rows = dict[str, list[Row]]
 """Rows by run."""
 _LABELS = ["run", "encoder", "weights", "task", "padding"]
-_ADDED = ["group", "pair", "image_px", "source_px", "shown_px", "n_train"]
-_NUMBERS = ("value", "ci_low", "ci_high", "distance", "step", *_ADDED[2:])
+_ADDED = ["group", "pair", "position_embedding", *_SIZES, "n_train"]
+_NUMBERS = ("value", "ci_low", "ci_high", "distance", "step", *_ADDED[3:])
 _COUNTS = ("seed", "kernel_size", "depth", "head_padding", "n")
-_TEXTS = ("pair", *_LABELS, "readout", "scale", "stages", "stimulus", "target", "metric")
+_TEXTS = ("pair", *_LABELS, "position_embedding", "readout", "scale", "stages", "stimulus", "target", "metric")
 _TWIN = ["encoder", "padding", *_ADDED[2:], *READOUT, "stimulus", "target", "n"]
 _BLANK = ("black", "white", "noise")
 
@@ -74,9 +75,11 @@ def typed(rows: pd.DataFrame, results: Results) -> pd.DataFrame:
         elif column in _COUNTS:
             rows[column] = pd.to_numeric(rows[column], errors="coerce").fillna(0).astype(int)
         elif column in _TEXTS:
-            rows[column] = rows[column].fillna("").astype(str)
-    rows["context"] = rows["shown_px"] > rows["image_px"]
+            rows[column] = rows[column].astype(object).fillna("").astype(str)
+    rows["context"] = (rows["shown_px"] > rows["image_px"]) | (rows["shown_width"] > rows["image_width"])
     rows["mode"] = rows["padding"] + rows["context"].map({True: " + context", False: ""})
+    embedding = rows["position_embedding"]
+    rows["mode"] += (", embedding " + embedding).where(embedding != "", "")
     return rows
 
 
@@ -88,8 +91,9 @@ def measurements(results: Results) -> pd.DataFrame:
         :data:`RUN`, :data:`PLACE`, what :func:`averaged` gives, ``single`` and ``references`` (numbers by source).
         ``attrs["unmatched"]`` is, by source, how many references it has and how many of them match no row. The metric
         "delta" is SPC minus the mean SPC of the untrained twins; where the probe did not measure it image by image, it
-        is taken from the untrained runs of the same encoder, padding and image sizes, read out alike with as many
-        images. There is none where several groups of untrained runs are such twins.
+        is taken from the untrained runs of the same encoder, padding, position embedding and image sizes, read out
+        alike with as many images, and so is the spread of the twins. There is none where several groups of untrained
+        runs are such twins.
     """
     rows = _with_delta(typed(results.rows, results))
     apart = rows[rows["single"] != rows["run"]]
@@ -145,7 +149,13 @@ def select(rows: Rows, selection: Selection) -> list[Row]:
 
 
 def estimate(row: Row) -> Estimate:
-    """A row's value with the wider of its intervals, over images and over seeds; (value, value) where it has none."""
+    """A row's value with the wider of its intervals, over images and over seeds.
+
+    It is (value, value) where there is none, and (NaN, NaN) for delta and eta2, whose noise is never known from a
+    single number: there is none for delta against one twin, nor for eta2 of fewer than 10 images.
+    """
+    if row["metric"] in ("delta", "eta2") and pd.isna(row["ci_low"]):
+        return Estimate(float(row["value"]), math.nan, math.nan)
     ends = [end for end in (row["low"], row["high"], row["ci_low"], row["ci_high"]) if not pd.isna(end)]
     return Estimate(float(row["value"]), float(min(ends, default=row["value"])), float(max(ends, default=row["value"])))
 
@@ -184,7 +194,7 @@ def trajectory_table(results: Results) -> pd.DataFrame:
     """What trainings logged, means over seeds: SPC and delta of the targets, and the tasks' metrics."""
     table = typed(results.trajectory, results)
     table = table[(table["target"] == "") | table["metric"].isin(["spc", "delta"])].dropna(subset=["step", "value"])
-    keys = ["run", "pair", "padding", "context", "mode", "target", "metric", "step"]
+    keys = ["run", "pair", "padding", "position_embedding", "context", "mode", "target", "metric", "step"]
     return table.groupby(keys, sort=False)["value"].mean().reset_index()
 
 
@@ -200,10 +210,12 @@ def stages_of(table: pd.DataFrame) -> list[str]:
 
 
 def _in_pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a pair together, padded before unpadded before unpadded with context."""
+    """The rows of a pair together, padded before unpadded before unpadded with context, and those whose position
+    embedding was changed last."""
+    changed = table["position_embedding"].map({"none": 4, "shuffled": 8}).fillna(0)
     order = table.assign(
         pairs=pd.factorize(table["pair"])[0],
-        rank=table["padding"].map({"zeros": 0, "valid": 1}).fillna(2) + table["context"],
+        rank=table["padding"].map({"zeros": 0, "valid": 1}).fillna(2) + table["context"] + changed,
         name=pd.factorize(table["run"])[0],
     ).sort_values(["pairs", "rank", "name"], kind="stable")
     return table.loc[order.index].reset_index(drop=True)
@@ -212,7 +224,7 @@ def _in_pairs(table: pd.DataFrame) -> pd.DataFrame:
 def _with_delta(rows: pd.DataFrame) -> pd.DataFrame:
     scores = rows[(rows["metric"] == "spc") & (rows["encoder"] != "") & (rows["stages"] != "rgb")]
     untrained = scores["weights"] == "untrained"
-    ends = {"twin": ("value", "mean"), "low": ("value", "min"), "high": ("value", "max"), "groups": ("run", "nunique")}
+    ends = {"twin": ("value", "mean"), "spread": ("value", "std"), "k": ("value", "size"), "groups": ("run", "nunique")}
     ends |= {"ci_from": ("ci_low", "mean"), "ci_to": ("ci_high", "mean")}
     twins = scores[untrained].groupby(_TWIN, dropna=False, sort=False).agg(**ends).reset_index()
     twins = twins[twins["groups"] == 1]  # of several groups none is the twin
@@ -220,12 +232,14 @@ def _with_delta(rows: pd.DataFrame) -> pd.DataFrame:
     if delta.empty:
         return rows
     scored = [delta[column].fillna(delta["value"]) for column in ("value", "ci_low", "ci_high")]
-    against = [delta["twin"], delta[["low", "ci_from"]].min(axis=1), delta[["high", "ci_to"]].max(axis=1)]
+    widths = [twins_half_width(spread, k) for spread, k in zip(delta["spread"], delta["k"], strict=True)]
+    over_images = [(delta["twin"] - delta["ci_from"]).fillna(0), (delta["ci_to"] - delta["twin"]).fillna(0)]
+    below, above = (np.hypot(half, widths) for half in over_images)
+    against = [delta["twin"], delta["twin"] - below, delta["twin"] + above]
     pairs = zip(zip(*scored, strict=True), zip(*against, strict=True), strict=True)
     differences = pd.DataFrame([Estimate(*ours) - Estimate(*theirs) for ours, theirs in pairs], index=delta.index)
-    unknown = differences["low"] == differences["high"]  # neither has an interval
     delta["value"], delta["metric"] = differences["value"], "delta"
-    delta["ci_low"], delta["ci_high"] = differences["low"].mask(unknown), differences["high"].mask(unknown)
+    delta["ci_low"], delta["ci_high"] = differences["low"], differences["high"]
     place = ["single", "seed", *READOUT, "stimulus", "target"]
     measured = pd.MultiIndex.from_frame(rows.loc[rows["metric"] == "delta", place])
     delta = delta[~pd.MultiIndex.from_frame(delta[place]).isin(measured)][rows.columns]

@@ -88,8 +88,8 @@ def fill_template(name: str, results: Results, sections: list[Section]) -> str:
 
 
 def main_table(results: Results) -> str:
-    """The headline as text of at most 100 columns: SPC per target (and Δ where there is one), what padding adds, the
-    task scores and the claims' verdicts.
+    """The headline as text of at most 100 columns: SPC per target (and Δ where there is one), what padding and
+    position embedding add, the task scores and the claims' verdicts.
 
     Raises:
         ValueError: for results without any measurement.
@@ -130,7 +130,7 @@ def _figure_sections(results: Results, head: pd.DataFrame) -> list[Section]:
             "Where",
             "By distance to the nearest border: SPC within rings of pixels, η² of each stage, and the cells that the "
             "padding reaches. Padding enters at the border, so what it brings reaches the middle only as far as the "
-            "receptive fields do. Shaded are the intervals.",
+            "receptive fields do; a position embedding enters at every cell. Shaded are the intervals.",
             [
                 ("where_spc", "SPC by distance to the border", figures.draw_spc_profile(profile)),
                 ("where_variance", "η² by stage and distance", figures.draw_variance_profile(profile)),
@@ -139,9 +139,9 @@ def _figure_sections(results: Results, head: pd.DataFrame) -> list[Section]:
         ),
         (
             _TRAINING,
-            "SPC of a readout that is trained beside the network. The distance from solid lines (zero padding) to "
-            "dashed ones (no padding) is padding's share. Δ is what a small readout of one batch gained since before "
-            "the first step.",
+            "SPC of a readout that is trained beside the network. The distance from solid lines (zero padding, learned "
+            "position embedding) to dashed ones (none) is its share. Δ is what a small readout of one batch gained "
+            "since before the first step.",
             [("trajectory", "SPC over training steps", figures.draw_trajectory(trajectory))],
         ),
         (

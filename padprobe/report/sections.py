@@ -142,7 +142,7 @@ def _difference(row: Row, other: Row) -> _Cell:
 
 
 def _interval(value: Estimate) -> str:
-    return "" if value.low == value.high else f"[{number(value.low)}, {number(value.high)}]"
+    return f"[{number(value.low)}, {number(value.high)}]" if value.low < value.high else ""
 
 
 def _shown(row: Row) -> str:

@@ -21,13 +21,14 @@ def claims_section(claims: pd.DataFrame) -> list[Section]:
     text = (
         f"{sum(verdicts.values())} claims: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}. A claim "
         "holds where the 95% interval of every comparison keeps to the bound. It is undecided where an interval "
-        "crosses the bound. Where no interval was measured (one image, task scores), the value alone decides."
+        "crosses the bound, and where Δ has no interval (a single untrained encoder) or η² has none (fewer than 10 "
+        "images). Other numbers without an interval (one image, task scores) are compared by their value alone."
     )
     rows: list[tuple[str, list[str]]] = []
     for _, compared in claims.groupby("claim", sort=False):
         for i, row in enumerate(compared.to_dict("records")):
             value = number(row["value"])
-            if row["ci_low"] != row["ci_high"] and not pd.isna(row["value"]):
+            if row["ci_low"] < row["ci_high"]:
                 value += f"\n[{number(row['ci_low'])}, {number(row['ci_high'])}]"
             first = [row["says"], row["claim_verdict"]] if i == 0 else ["", ""]
             rows.append(("run", [*first, row["part"], value, row["bound"], row["verdict"]]))

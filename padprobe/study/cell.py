@@ -9,12 +9,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
-from padprobe.errors import check_name
+from padprobe.errors import check_name, check_type
+from padprobe.maps import size_pair
 from padprobe.probe.options import ProbeOptions, option
 from padprobe.study.sources import Source, fingerprint, leaves, names_in
 
@@ -43,7 +43,15 @@ class Cell(ProbeOptions):
         "zeros, valid, reflect, replicate or circular; a list makes one run per mode, called NAME-MODE. With `fit`, it "
         "sets the config's model.init_args.encoder_padding",
     )
-    pair: str = option("", "name shared by runs that differ only in their padding (default: the encoder's)", changes=())
+    position_embedding: str = option(
+        "learned",
+        "learned, none or shuffled, for an encoder without `fit`; a list makes one run per mode, called NAME-MODE",
+    )
+    pair: str = option(
+        "",
+        "name shared by runs that differ only in their padding or position embedding (default: the encoder's)",
+        changes=(),
+    )
     fit: str | None = option(
         None, "config of `padprobe fit`; its module's submodule `encoder` is probed after training", ("training",)
     )
@@ -85,7 +93,8 @@ class Planned:
     """A cell that can run, and the keys of its results.
 
     Attributes:
-        name: the run's name: the encoder's, with the padding mode and the seed where it has several.
+        name: the run's name: the encoder's, with the padding mode, the position embedding and the seed where it has
+            several.
         group: the name without the seed.
         folder: folder of everything it writes; it does not change when more seeds are added.
         cell: what to run.
@@ -120,10 +129,10 @@ def typed(kind: type, values: Any, what: str) -> Any:
         ValueError: for an option that the class does not have, or a value of another type.
 
     Example:
-        >>> typed(Cell, {"image_size": "large"}, "encoder 'a'")
+        >>> typed(Cell, {"grid": "large"}, "encoder 'a'")
         Traceback (most recent call last):
             ...
-        ValueError: image_size of encoder 'a' is 'large'; expected int
+        ValueError: grid of encoder 'a' is 'large'; expected int
     """
     check_type(values, dict[str, Any], what)
     hints = get_type_hints(kind)
@@ -137,28 +146,6 @@ def typed(kind: type, values: Any, what: str) -> Any:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-
-
-def check_type(value: Any, hint: Any, what: str) -> None:
-    """Raises ValueError unless a value from a YAML fits a type."""
-    if not _fits(value, hint):
-        expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-        raise ValueError(f"{what} is {value!r}; expected {expected.replace('typing.', '')}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind is Any:
-        return True
-    if kind is UnionType:
-        return any(_fits(value, choice) for choice in inner)
-    if kind is dict:
-        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
-    if kind is list:
-        return isinstance(value, list) and all(_fits(part, inner[0]) for part in value)
-    if kind is Literal:
-        kind = str  # the class itself names the nearest choice
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool) == isinstance(value, bool)
 
 
 def keys_of(cell: Cell, sources: Mapping[str, Source]) -> tuple[str, str, str]:
@@ -196,7 +183,8 @@ def describe(cell: Cell, overrides: Mapping[str, Any]) -> str:
         >>> describe(Cell(fit="sod.yaml", image_size=96, limit_train=400, grid=14), {"trainer.max_epochs": 3})
         '96 px; readouts trained on 400 images; grid 14; trained by sod.yaml, trainer.max_epochs=3'
     """
-    words = [f"{cell.image_size} px", f"readouts trained on {cell.limit_train or 'all'} images"]
+    sides = dict.fromkeys(size_pair(cell.image_size))  # one number for a square
+    words = [f"{' x '.join(map(str, sides))} px", f"readouts trained on {cell.limit_train or 'all'} images"]
     for name in ("grid", "epochs", "batch_size", "stages"):
         if getattr(cell, name) != getattr(Cell(), name):
             words.append(f"{name} {getattr(cell, name)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from padprobe.errors import check_name
+from padprobe.errors import check_name, check_type
 from padprobe.readout.spec import Readout
 from padprobe.report.declared import read_claims, read_tables
-from padprobe.study.cell import OPTIONS, Cell, Planned, check_type, describe, keys_of, typed
+from padprobe.study.cell import OPTIONS, Cell, Planned, describe, keys_of, typed
 from padprobe.study.sources import Source, fill, fingerprint, names_in
 
 _TOP = {
@@ -229,20 +230,21 @@ def _plan(name: str, paths: list[str], tree: dict[str, Any], only: list[str]) ->
 
 
 def _modes(encoder: str, options: dict[str, Any], common: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The runs that an encoder's paddings make: name and options."""
+    """The runs that an encoder's paddings and position embeddings make: name and options."""
     written = {**common, **options}
     padding, written = written.get("padding"), {**written, "pair": written.get("pair") or encoder}
     stated, overrides = padding if isinstance(padding, list) else options.get("padding"), written.get("overrides")
     if stated and isinstance(overrides, dict) and _ENCODER_PADDING in overrides:
         raise ValueError(f"encoder {encoder!r} states padding and overrides {_ENCODER_PADDING}: state one of them")
-    if not isinstance(padding, list):
-        yield encoder, written
-        return
-    check_type(padding, list[str], f"padding of encoder {encoder!r}")
-    if not padding:
-        raise ValueError(f"padding of encoder {encoder!r} is empty; expected at least one mode")
-    for mode in dict.fromkeys(padding):
-        yield f"{encoder}-{mode}", {**written, "padding": mode}
+    listed: dict[str, list[str]] = {}
+    for option in ("padding", "position_embedding"):
+        if isinstance(modes := written.get(option), list):
+            check_type(modes, list[str], f"{option} of encoder {encoder!r}")
+            if not modes:
+                raise ValueError(f"{option} of encoder {encoder!r} is empty; expected at least one mode")
+            listed[option] = list(dict.fromkeys(modes))
+    for chosen in itertools.product(*listed.values()):
+        yield "-".join([encoder, *chosen]), {**written, **dict(zip(listed, chosen, strict=True))}
 
 
 def _cells(
@@ -306,7 +308,7 @@ def _check_names(cells: list[Planned]) -> None:
         for label in dict.fromkeys((*planned.pairs, planned.folder, planned.group)):
             if label in owners and not owners[label] == label == planned.group:  # the seeds of a group share its name
                 raise ValueError(
-                    f"the runs {owners[label]!r} and {name!r} would both be called {label!r}: give one of their "
-                    "encoders another name"
+                    f"the encoders {owners[label]!r} and {planned.group!r} would both have a run called {label!r}: "
+                    "give one of them another name"
                 )
             owners[label] = planned.group

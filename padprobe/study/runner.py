@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from padprobe.callbacks.position_probe import PositionProbeCallback
-from padprobe.maps import position_maps
+from padprobe.maps import Size, position_maps
 from padprobe.network.encoders import find_encoder, load_encoder, weights_label
 from padprobe.network.padding import padding_of
 from padprobe.network.stages import choose_layers
@@ -130,10 +130,10 @@ def _check(cell: Cell, folder: Path) -> None:
     if cell.fit:
         if not Path(cell.fit).is_file():
             raise ValueError(f"no config {cell.fit!r}")
-        if cell.options or cell.weights != "untrained":
+        if cell.options or cell.weights != "untrained" or cell.position_embedding != "learned":
             raise ValueError(
-                "`options` and `weights` are for encoders that are loaded. For a training state them as overrides, "
-                "such as {model.init_args.encoder_weights: imagenet}"
+                "`options`, `weights` and `position_embedding` are for encoders that are loaded. For a training state "
+                "them as overrides, such as {model.init_args.encoder_weights: imagenet}"
             )
         for overrides in ({}, *cell.scores.values()):
             cli = build(cell, folder, overrides)
@@ -151,7 +151,7 @@ def _check(cell: Cell, folder: Path) -> None:
 
 
 @functools.cache
-def _open_images(source: str, image_size: int, limit: int | None) -> None:
+def _open_images(source: str, image_size: Size, limit: int | None) -> None:
     """Checks images, given as JSON: once for all cells."""
     load_images(_images(json.loads(source)), image_size, limit)
 
@@ -203,7 +203,8 @@ def _run(planned: Planned, out: Path, progress: Progress) -> None:
 
 
 def _load(cell: Cell, weights: str, seed: int) -> nn.Module:
-    return load_encoder(cell.encoder, weights, cell.padding, seed, cell.options)
+    modes = {"padding": cell.padding, "position_embedding": cell.position_embedding}
+    return load_encoder(cell.encoder, weights, seed=seed, options=cell.options, image_size=cell.image_size, **modes)
 
 
 def dry_run(study: Study, out: str | Path) -> Iterator[str]:

@@ -84,7 +84,12 @@ def fingerprint(path: str) -> str:
         with open(path, "rb") as file:
             while block := file.read(2**24):
                 digest.update(block)
+    seen: set[str] = set()
     for root, folders, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # a link to a parent
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         for name in sorted(files):
             place = Path(root, name)

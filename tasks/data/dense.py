@@ -71,7 +71,7 @@ class DenseDataset(Dataset[dict[str, Any]]):
             seed = int(torch.randint(2**31, ())) if epoch < 0 else seed_of(self.seed, epoch, index)
             self.transform.set_random_seed(seed)
         result = self.transform(image=image, mask=label_map)
-        labels = center_crop(torch.from_numpy(result["mask"]), self.image_size)
+        labels = center_crop(torch.from_numpy(result["mask"]), (self.image_size, self.image_size))
         item = {self.key: labels.long() if self.key == "labels" else labels[None].float()}
         return item if self.blind else item | {"image": torch.from_numpy(result["image"]).permute(2, 0, 1)}
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from padprobe.images import IMAGE_SUFFIXES, open_image, printable
+from padprobe.images import read_image as read_rgb
 
 Masks = Literal["binary", "threshold", "graded"]
 
@@ -34,7 +34,7 @@ def read_labels(path: Path, classes: int, ignore_index: int) -> np.ndarray:
     unknown = sorted(set(np.unique(labels).tolist()) - {*range(classes), ignore_index})
     if unknown:
         raise ValueError(
-            f"{path}: has the label{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}; expected "
+            f"{printable(path)}: has the label{'s' * (len(unknown) > 1)} {', '.join(map(str, unknown[:5]))}; expected "
             f"0 .. {classes - 1}, or {ignore_index} for pixels without a label"
         )
     return labels
@@ -52,42 +52,26 @@ def read_saliency(path: Path, masks: Masks = "binary") -> np.ndarray:
     highest = 1 if grey.max() == 1 else 255
     if masks == "binary" and not np.isin(grey, (0, highest)).all():
         raise ValueError(
-            f"{path}: is not binary ({len(np.unique(grey))} values; expected 0 and 255): set masks: threshold or, to "
-            "keep the values, masks: graded"
+            f"{printable(path)}: is not binary ({len(np.unique(grey))} values; expected 0 and 255): set masks: "
+            "threshold or, to keep the values, masks: graded"
         )
     if masks == "threshold" and 1 < grey.max() < 128 and len(np.unique(grey)) <= 2:
-        raise ValueError(f"{path}: its two values are 0 and {grey.max()}; nothing is over half of 255")
+        raise ValueError(f"{printable(path)}: its two values are 0 and {grey.max()}; nothing is over half of 255")
     mask = grey.astype(np.float32) / highest
     return mask if masks == "graded" else (mask > 0.5).astype(np.float32)
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8."""
-    image = _open(path)
-    if image.mode[0] in "IF":
-        raise ValueError(f"{path}: an image of more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        raise ValueError(f"{path}: its EXIF data rotate it, but not its mask: save it upright")
-    return np.asarray(image.convert("RGB"))
+    """An image file as (H, W, 3) uint8, see :func:`~padprobe.images.read_image`; one that EXIF rotates is refused."""
+    return read_rgb(path, refuse_rotated=True)
 
 
 def _read_grey(path: Path, modes: Collection[str], convert: bool = False) -> np.ndarray:
-    image = _open(path)
+    image = open_image(path, refuse_rotated=True)
     if image.mode not in modes:
         bits = "16 bits" if image.mode.startswith("I") else f"the mode {image.mode}"
-        raise ValueError(f"{path}: a mask of {bits} per pixel; expected one channel of 8 bits")
+        raise ValueError(f"{printable(path)}: a mask of {bits} per pixel; expected one channel of 8 bits")
     return np.asarray(image.convert("L") if convert or image.mode == "1" else image)
-
-
-def _open(path: Path) -> Image.Image:
-    if not path.is_file() or not path.stat().st_size:
-        raise ValueError(f"{path}: {'is empty' if path.is_file() else 'does not exist'}")
-    try:
-        image = Image.open(path)
-        image.load()
-    except Exception as error:  # Pillow's decoders raise many types
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    return image
 
 
 def find_folder(path: str | Path, make: bool = False) -> Path:
@@ -118,13 +102,17 @@ def pair(images: Path, masks: Path, read: Callable[[Path], np.ndarray]) -> tuple
     image_files, problems = _by_stem(images, lambda suffix: not one_folder or suffix != ".png")
     mask_files, mask_problems = _by_stem(masks, lambda suffix: not one_folder or suffix == ".png")
     problems = list(dict.fromkeys(problems + mask_problems))  # one folder lists its problems twice
-    problems += [f"{path}: an image without a mask" for stem, path in image_files.items() if stem not in mask_files]
-    problems += [f"{path}: a mask without an image" for stem, path in mask_files.items() if stem not in image_files]
+    problems += [
+        f"{printable(path)}: an image without a mask" for stem, path in image_files.items() if stem not in mask_files
+    ]
+    problems += [
+        f"{printable(path)}: a mask without an image" for stem, path in mask_files.items() if stem not in image_files
+    ]
     samples = [
         Sample(path, partial(read, mask_files[stem])) for stem, path in image_files.items() if stem in mask_files
     ]
     if not samples:
-        problems.append(f"{images}: no image has a mask in {masks}")
+        problems.append(f"{printable(images)}: no image has a mask in {printable(masks)}")
     return samples, problems
 
 
@@ -136,11 +124,11 @@ def _by_stem(folder: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, Pat
         suffix = path.suffix.lower()
         if path.name.startswith(".") or path.name == "Thumbs.db":
             continue
-        if path.is_dir() or suffix not in SUFFIXES:
-            problems.append(f"{path}: is no image ({', '.join(SUFFIXES)})")
+        if path.is_dir() or suffix not in IMAGE_SUFFIXES:
+            problems.append(f"{printable(path)}: is no image ({', '.join(IMAGE_SUFFIXES)})")
         elif wanted(suffix):
             if path.stem in files:
-                problems.append(f"{path}: has the same stem as {files[path.stem].name}")
+                problems.append(f"{printable(path)}: has the same stem as {files[path.stem].name}")
             files.setdefault(path.stem, path)
     return files, problems
 
@@ -157,7 +145,7 @@ def check_samples(samples: Sequence[Sample]) -> list[str]:
                 problems.append(str(error))
         if len(shapes) == 2 and shapes[0] != shapes[1]:
             (h, w), (mh, mw) = shapes
-            problems.append(f"{sample.image}: is {w} x {h} px, its mask {mw} x {mh}")
+            problems.append(f"{printable(sample.image)}: is {w} x {h} px, its mask {mw} x {mh}")
         return problems
 
     with ThreadPoolExecutor() as pool:

@@ -73,10 +73,11 @@ class Scenes(Dataset[dict[str, Any]]):
             raise IndexError(f"scene {index} of {self.n}")
         scene = make_scene(self.seed, index, self.image_size, self.position_dependence, self.context)
         image, mask, labels = (torch.from_numpy(pixels) for pixels in scene[:3])
+        size = self.image_size, self.image_size
         return {
             "image": image.permute(2, 0, 1).float() / 255,
-            "mask": center_crop(mask, self.image_size)[None].float(),
-            "labels": center_crop(labels, self.image_size).long(),
+            "mask": center_crop(mask, size)[None].float(),
+            "labels": center_crop(labels, size).long(),
             "label": scene[3],
         }
 

@@ -14,10 +14,12 @@ from padprobe.results import COLUMNS, RUNS, Results
 TARGETS = ("H", "V", "G", "HS")
 
 
-def run_row(run, encoder, weights, task, padding, seed=0, group=None, pair=None, shown_px=96) -> pd.DataFrame:
+def run_row(
+    run, encoder, weights, task, padding, seed=0, group=None, pair=None, shown_px=96, embedding=""
+) -> pd.DataFrame:
     """A run's line of runs.csv; by default it is a group and a pair of its own, at 96 px."""
-    labels = (run, group or run, pair or run, encoder, weights, task, padding, seed)
-    return pd.DataFrame([(*labels, 96, 96, shown_px, 400, f"how {run} was made")], columns=list(RUNS))
+    labels = (run, group or run, pair or run, encoder, weights, task, padding, embedding, seed)
+    return pd.DataFrame([(*labels, 96, 96, shown_px, 96, 96, shown_px, 400, f"how {run} was made")], columns=list(RUNS))
 
 
 def probed(

@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from padprobe.report.claims import evaluate, verdict
-from padprobe.report.declared import read_claims, read_tables
+from padprobe.report.declared import BOUNDS, read_claims, read_tables
 from padprobe.report.measurements import Estimate, measurements
 from padprobe.report.references import beside, matched, read_references
 from padprobe.results import COLUMNS, REFERENCES, RUNS, Results
@@ -27,7 +28,7 @@ def results(*claims, **spc) -> Results:
         group, _, seed = run.partition("_s")
         place = (run, "net", "trained", "", "zeros", int(seed or 0), "posenet", 3, 1, 0, "unit", "all", "scenes", "H")
         rows.append((*place, "spc", level, level - half, level + half, 10))
-        runs.append((run, group, group, *place[1:6], 96, 96, 96, 10, ""))
+        runs.append((run, group, group, *place[1:5], "", place[5], *6 * (96,), 10, ""))
     tables = pd.DataFrame(rows, columns=list(COLUMNS)), pd.DataFrame(runs, columns=list(RUNS))
     return Results(tables[0], runs=tables[1], about={"claims": list(claims)})
 
@@ -122,14 +123,26 @@ def test_a_twins_spread_gives_delta_where_it_was_not_measured():
     assert only(both)["verdict"] == "not measured"  # twins at another size are none
 
 
-def test_a_delta_from_twins_has_the_interval_of_the_difference():
+def test_a_delta_from_twins_takes_in_their_spread():
     claim = {**CLAIM, "value": {**CLAIM["value"], "metric": "delta"}}
-    both = results(claim, a=(0.9, 0.03), twin=(0.4, 0.04), b=0.7)
-    both.rows.loc[both.rows["run"] == "twin", "weights"] = "untrained"
-    row = only(both)
-    assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((0.5, 0.45, 0.55))
-    both.rows.loc[both.rows["run"] != "b", ["ci_low", "ci_high"]] = math.nan
+    both = results(claim, a=(0.9, 0.03), twin_s0=(0.3, 0.04), twin_s1=(0.4, 0.04), twin_s2=(0.5, 0.04), b=0.7)
+    both.rows.loc[both.rows["run"].str.startswith("twin"), "weights"] = "untrained"
+    row, half = only(both), math.hypot(0.03, 0.04, t.ppf(0.975, 2) * 0.1 * math.sqrt(4 / 3))
+    assert (row["value"], row["ci_low"], row["ci_high"]) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert row["verdict"] == "undecided"
+    alone = both.rows[~both.rows["run"].isin(["twin_s1", "twin_s2"])]
+    both.rows = alone
+    row = only(both)  # one twin: no interval, although one is needed
+    assert row["value"] == pytest.approx(0.6)
+    assert math.isnan(row["ci_low"])
+    assert row["verdict"] == "undecided"
     assert measurements(both).query("metric == 'delta'")["ci_low"].isna().all()
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_number_that_needs_an_interval_and_has_none_is_undecided(bound):
+    assert verdict(Estimate(0.5, math.nan, math.nan), bound, 0.4) == "undecided"
+    assert verdict(Estimate(0.5, 0.4, 0.6) - Estimate(0.1, math.nan, math.nan), bound, 0.4) == "undecided"
 
 
 def test_twins_were_read_out_with_as_many_images_and_are_of_one_group():

@@ -10,7 +10,8 @@ import pytest
 
 from padprobe.maps import position_maps
 from padprobe.report import figures, main_table, write_report
-from padprobe.report.measurements import trajectory_table
+from padprobe.report.contents import source_sections
+from padprobe.report.measurements import headline, measurements, trajectory_table
 from padprobe.results import COLUMNS, TRAJECTORY, Results
 from tests.report.conftest import TARGETS, Page, probed, run_row
 
@@ -85,9 +86,9 @@ def test_delta_is_against_the_untrained_encoder_of_the_same_padding_and_architec
     more = Results.join([study, other, probed("other-ss-valid", "smp:vgg13", "trained", "SS", "valid", 0.4)])
     page = Page(write_report(Results(more.rows, runs=more.runs), tmp_path))
     h = page.rows[0].index(["H (n = 40)"])
-    assert page.row("sod-zeros (smp:vgg11)")[h][-1] == "Δ +.42 [.41, .43]"
-    assert page.row("sod-valid (smp:vgg11)")[h][-1] == "Δ +.04 [.03, .05]"
-    assert page.row("ss-valid-p0 (smp:vgg11)")[h][-1] == "Δ -.08 [-.09, -.07]"
+    assert page.row("sod-zeros (smp:vgg11)")[h][-1] == "Δ +.42"  # one twin: no interval
+    assert page.row("sod-valid (smp:vgg11)")[h][-1] == "Δ +.04"
+    assert page.row("ss-valid-p0 (smp:vgg11)")[h][-1] == "Δ -.08"
     names = ["untrained-zeros (smp:vgg11)", "untrained-valid (smp:vgg11)", "other-untrained-zeros (smp:vgg13)"]
     for run in (*names, "other-ss-valid (smp:vgg13)"):
         assert not [line for line in page.row(run)[h] if "Δ" in line]
@@ -104,13 +105,14 @@ def test_the_gap_is_padded_minus_unpadded_of_a_pair_with_its_interval(page):
     assert not [row for row in page.rows if row[0][:1] and row[0][0].startswith("gap ss")]  # ss-zeros, ss-valid-p0
 
 
-def test_a_pair_is_what_the_runs_state_and_not_what_their_names_say():
+@pytest.mark.parametrize("column", ["source_px", "source_width"])
+def test_a_pair_is_what_the_runs_state_and_not_what_their_names_say(column):
     cell = ("torchvision:vgg16", "IMAGENET1K_V1", "")
     a, b, c = (probed(run, *cell, "zeros" if run == "a" else "valid", 0.5, pair="x") for run in "abc")
     assert "gap x: zeros - valid" in main_table(Results.join([a, b]))
     same = [probed(f"net-{padding}", *cell, padding, 0.5) for padding in ("zeros", "valid")]
     assert "gap" not in main_table(Results.join(same))
-    a.runs["source_px"] = 128  # other images than the unpadded run's
+    a.runs[column] = 128  # other images than the unpadded run's
     assert "gap" not in main_table(Results.join([a, b]))
     assert main_table(Results.join([c, b])).count("gap") == 0
 
@@ -128,17 +130,18 @@ def test_sections_come_in_order_and_those_without_data_are_left_out(page, tmp_pa
     whole = page.headings
     assert whole == [
         "1. How much position each encoder holds",
-        "2. Position by encoder and stimulus",
-        "3. What padding does to the task",
-        "4. Position during training",
-        "5. Predicted maps beside their targets",
-        "6. Content loss",
-        "7. How each run was made",
+        "2. Where it comes from",
+        "3. Position by encoder and stimulus",
+        "4. What padding does to the task",
+        "5. Position during training",
+        "6. Predicted maps beside their targets",
+        "7. Content loss",
+        "8. How each run was made",
     ]
     single = probed("vgg11", "smp:vgg11", "trained", "SS", "zeros", 0.9)
     single.maps = {}
     small = Page(write_report(single, tmp_path / "single"))
-    assert [h.split(". ")[1] for h in small.headings] == [whole[i].split(". ")[1] for i in (0, 1, 6)]
+    assert [h.split(". ")[1] for h in small.headings] == [whole[i].split(". ")[1] for i in (0, 1, 2, 7)]
     assert "img" not in small.tags
     assert "Δ is missing" in small.text
     assert not [line for row in small.rows for cell in row for line in cell if "Δ" in line]
@@ -243,3 +246,55 @@ def test_names_from_outside_are_text_and_nothing_else(tmp_path):
 def test_nothing_measured_is_an_error_that_says_so(tmp_path):
     with pytest.raises(ValueError, match="no measurement"):
         write_report(Results(), tmp_path)
+
+
+def embedded(mode, spc, weights="trained"):
+    """A ViT of one pair whose position embedding has a mode; no layer of it pads."""
+    run = f"vit-{weights}-{mode}"
+    return probed(run, "timm:vit", weights, "", "valid", spc, pair=f"vit-{weights}", embedding=mode)
+
+
+def sources(results):
+    """The section that says where position comes from."""
+    table = measurements(results)
+    (section,) = source_sections(table, headline(table))
+    return section
+
+
+def test_runs_that_differ_only_in_their_position_embedding_are_compared(tmp_path):
+    results = Results.join([embedded("none", 0.03), embedded("learned", 0.83), embedded("shuffled", 0.73)])
+    results.save(tmp_path)
+    section = sources(Results.load(tmp_path))
+    rows = {cells[0]: cells[1] for _, cells in section.tables[0].rows}
+    gap = "vit-trained: valid, embedding learned - valid, embedding"
+    assert rows == {f"{gap} none": "+.800\n[.786, .814]", f"{gap} shuffled": "+.100\n[.086, .114]"}
+    assert "not measured" not in section.text.lower()
+    assert main_table(results).count("+.800") == len(TARGETS)
+
+
+def test_the_page_says_which_source_of_position_was_not_measured():
+    assert sources(embedded("learned", 0.83)).text.endswith(
+        "Not measured yet is what the position embedding brings to vit-trained."
+    )
+    shuffled = Results.join([embedded("learned", 0.83), embedded("shuffled", 0.8)])
+    assert "what the position embedding brings to vit-trained" in sources(shuffled).text
+    assert "Neither padding nor position embedding have vit-trained." in sources(embedded("none", 0.03)).text
+    padded = probed("vgg", "smp:vgg11", "trained", "", "zeros", 0.8)
+    assert sources(padded).text.endswith("Not measured yet is what the padding brings to vgg.")
+
+
+def test_delta_is_against_the_untrained_encoder_of_the_same_embedding():
+    parts = [embedded(mode, spc, w) for w, mode, spc in [("trained", "none", 0.1), ("untrained", "learned", 0.7)]]
+    assert not (measurements(Results.join(parts))["metric"] == "delta").any()
+    table = measurements(Results.join([*parts, embedded("none", 0.04, "untrained")]))
+    deltas = table[(table["metric"] == "delta") & (table["target"] == "H")]
+    assert deltas["value"].round(3).tolist() == [0.06] * 2  # on each stimulus
+
+
+def test_a_folder_written_before_position_embeddings_were_known_is_read(tmp_path):
+    new = probed("vgg", "smp:vgg11", "trained", "", "zeros", 0.8)
+    new.save(tmp_path)
+    runs = pd.read_csv(tmp_path / "runs.csv").drop(columns="position_embedding")
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    assert main_table(Results.load(tmp_path)) == main_table(new)
+    assert set(measurements(Results.load(tmp_path))["mode"]) == {"zeros"}

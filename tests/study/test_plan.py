@@ -135,6 +135,12 @@ def test_studies_include_others_and_share_their_encoders(study, tmp_path):
     # readouts and the number of encoders beside it are no part of a cell's key
     alone = cells(tmp_path / "two.yaml", preset="small", changes=["image_size=64"])
     assert alone["vgg"].probe_key == found["vgg"].probe_key
+    # nor is the way in which an image size is written
+    for written, size in (("64x64", 64), ("[64, 64]", 64), ("48x64", (48, 64)), ("[48, 64]", (48, 64))):
+        changed = cells(tmp_path / "two.yaml", preset="small", changes=[f"image_size={written}"])["vgg"]
+        assert changed.cell.image_size == size
+        assert (changed.probe_key == found["vgg"].probe_key) == (size == 64)
+    assert changed.how.startswith("48 x 64 px;")
     with pytest.raises(ValueError, match=r"both\.yaml' includes itself"):
         read_study(edit(both, lambda s: s["include"].append("both.yaml")))
     edit(both, lambda s: s["include"].pop())
@@ -164,7 +170,9 @@ def test_seeds_are_cells_of_their_own_where_weights_depend_on_them(study):
         ({"changes": ["imagesize=3"]}, "'imagesize'; did you mean 'image_size'"),
         ({"changes": ["encoders.sod-vald.seeds=[1]"]}, "'sod-vald'; did you mean 'sod-valid'"),
         ({"changes": ["encoders.sod-valid.sedes=[1]"]}, "'sedes'; did you mean 'seeds'"),
-        ({"changes": ["image_size=large"]}, "large"),
+        ({"changes": ["image_size=large"]}, "'untrained-valid': image_size is 'large'; expected pixels: 224 for"),
+        ({"changes": ["image_size=[32, 48.5]"]}, r"image_size is \[32, 48\.5\]; expected pixels"),
+        ({"changes": ["image_size=[1, 48]"]}, r"image_size is \(1, 48\); expected 2 or more"),
         ({"preset": "laptp"}, "unknown preset 'laptp'; did you mean 'laptop'"),
         ({"only": ["sod-valdi"]}, "unknown cell 'sod-valdi'; did you mean 'sod-valid'"),
     ],
@@ -188,6 +196,7 @@ def test_bad_options_are_named(study, options, message):
         (lambda s: options_of("sod-valid")(s).update(seeds=[]), "'sod-valid': seeds is empty"),
         (lambda s: options_of("sod-valid")(s).update(targets=["H", "[H]"]), r"'sod-valid': unknown target '\[H\]'"),
         (lambda s: options_of("sod-valid")(s).update(padding=[]), "padding of encoder 'sod-valid' is empty"),
+        (lambda s: options_of("sod-valid")(s).update(position_embedding=[]), "position_embedding .* is empty"),
         (lambda s: options_of("sod-valid")(s).update(needs={"ABC": "data.root"}), "unknown data 'ABC'"),
         (lambda s: s.update(epochs=0), "epochs is 0; expected 1 or more"),
         (lambda s: s.update(tables=[{"title": "no name"}]), "lacks name"),
@@ -261,7 +270,7 @@ def test_names_of_runs_are_unique(study):
     content = study.read_text()
     for change, name in ((seeds, "a-seed0"), (modes, "a-zeros"), (context, "a-context"), (groups, "a-zeros")):
         study.write_text(content)
-        with pytest.raises(ValueError, match=f"would both be called '{name}'"):
+        with pytest.raises(ValueError, match=f"would both have a run called '{name}'|would both be called '{name}'"):
             read_study(edit(study, change))
 
 
@@ -285,9 +294,34 @@ def test_a_list_of_paddings_is_one_run_per_mode(study):
     assert found["sod-zeros"].training_key != found["sod-valid"].training_key
 
 
+def test_a_list_of_position_embeddings_is_one_run_per_mode_of_one_pair(study):
+    def grid(s):
+        s["encoders"] = {"vit": {"encoder": "torchvision:vit_b_16", "position_embedding": ["learned", "none"]}}
+
+    found = cells(edit(study, grid))
+    assert [(name, p.cell.position_embedding, p.cell.pair) for name, p in found.items()] == [
+        ("vit-learned", "learned", "vit"),
+        ("vit-none", "none", "vit"),
+    ]
+    found = cells(edit(study, lambda s: s["encoders"]["vit"].update(padding=["zeros", "valid"])))
+    assert list(found) == ["vit-zeros-learned", "vit-zeros-none", "vit-valid-learned", "vit-valid-none"]
+
+
 def test_a_study_takes_exactly_the_probes_options_and_its_own_each_with_help(study):
     probe = {field.name: field for field in dataclasses.fields(ProbeOptions)}
-    own = {"encoder", "options", "weights", "padding", "pair", "fit", "overrides", "needs", "scores", "task"}
+    own = {
+        "encoder",
+        "options",
+        "weights",
+        "padding",
+        "position_embedding",
+        "pair",
+        "fit",
+        "overrides",
+        "needs",
+        "scores",
+        "task",
+    }
     assert set(cell.OPTIONS) == {*probe, *own, "train", "test"}
     assert all(field.metadata["help"] for field in cell.OPTIONS.values())
     assert all(set(field.metadata["changes"]) <= {"training", "scores", "probe"} for field in cell.OPTIONS.values())

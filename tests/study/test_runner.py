@@ -47,7 +47,7 @@ def test_a_study_trains_probes_scores_and_runs_each_cell_once(study, tmp_path):
     black = rows[(rows.stimulus == "black") & (rows.metric == "spc")]
     assert black.value.abs().max() < 1e-9
     trajectory = results.trajectory
-    assert {"spc", "mae", "nmae", "before", "delta", "max F-measure", "MAE"} <= set(trajectory.metric)
+    assert {"spc", "mae", "nmae", "start", "change", "max F-measure", "MAE"} <= set(trajectory.metric)
     assert sorted(trajectory[(trajectory.target == "H") & (trajectory.metric == "spc")].step) == [1, 3]
     assert "sod-valid/scenes/G/error" in results.maps
 
@@ -347,10 +347,10 @@ def test_a_failed_cell_leaves_a_log_and_the_others_go_on(study, tmp_path):
 
 
 def test_weights_that_cannot_be_fetched_fail_their_own_cell_alone(study, tmp_path, monkeypatch):
-    def fetch(name, weights, *args):
+    def fetch(name, weights, *args, **options):
         if weights == "IMAGENET1K_V1":
             raise URLError("no network")
-        return load_encoder(name, weights, *args)
+        return load_encoder(name, weights, *args, **options)
 
     monkeypatch.setattr(runner, "load_encoder", fetch)
 

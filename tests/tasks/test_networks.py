@@ -85,7 +85,7 @@ def test_a_network_without_any_padding_is_blind_on_a_constant_image(alignment):
     assert spread(logits_of_a_constant(small("linear", alignment=alignment))) > 1e-3
 
 
-@pytest.mark.parametrize(("decoder", "mode"), [pair for pair in MODES if pair[1] not in ("zeros", "valid")])
+@pytest.mark.parametrize(("decoder", "mode"), [pair for pair in MODES if pair[1] not in ("zeros", "valid", "partial")])
 def test_padding_with_pixels_of_the_image_shows_no_border_on_a_constant_image(decoder, mode):
     assert spread(logits_of_a_constant(small(decoder, encoder_padding=mode, decoder_padding=mode))) < 1e-9
 
@@ -211,15 +211,12 @@ def test_an_encoder_whose_padding_cannot_be_changed_is_taken_as_it_was_built():
     options = {"decoder": "pspnet", "encoder_options": {"depth": 3}, "decoder_options": {"psp_out_channels": 8}}
     network = build_network(1, "smp:efficientnet-b0", 32, decoder_padding="reflect", **options)
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 1, 32, 32)
-    with pytest.raises(ValueError, match="whose padding cannot be set to 'valid'"):
-        build_network(1, "smp:efficientnet-b0", 32, encoder_padding="valid", **options)
+    with pytest.raises(ValueError, match="ZeroPad2d, which pads for another layer"):
+        build_network(1, "smp:efficientnet-b0", 32, encoder_padding="partial", **options)
 
 
-@pytest.mark.parametrize("alignment", ["stretch", "context"])
-@pytest.mark.parametrize("image_size", [28, 64])
-def test_an_encoder_that_cannot_work_without_padding_is_refused(image_size, alignment):
-    options = {"layers": [1, 1, 1, 1], "depth": 2}  # at 28 px one cell is left, which broadcasts over the shortcut
-    with pytest.raises(ValueError, match=r"'smp:resnet18' cannot work without padding .* shortcut"):
-        build_network(
-            1, "smp:resnet18", image_size, encoder_options=options, encoder_padding="valid", alignment=alignment
-        )
+def test_an_encoder_with_shortcuts_works_without_padding_where_its_maps_keep_a_cell():
+    options = {"encoder_options": {"layers": [1, 1, 1, 1], "depth": 2}, "encoder_padding": "valid"}
+    with pytest.raises(ValueError, match="28 x 28 image is too small for encoder 'smp:resnet18'"):
+        build_network(1, "smp:resnet18", 28, **options)
+    assert spread(logits_of_a_constant(build_network(1, "smp:resnet18", 64, **options))) < 1e-9
