@@ -42,6 +42,7 @@ EXTRAS["dev"] = [
     "wandb>=0.18",
     "pre-commit>=3.7",
 ]
+EXTRAS["hosts"] = ["transformers>=4.56", "peft>=0.17", "torchgeo>=0.7", "lightly>=1.5"]  # for `make test-zoo` alone
 
 setup(
     name="padprobe",

@@ -49,7 +49,6 @@ class Alternate(Callback):
         guest = KINDS[kind]
         if batch_idx % self.steps == 0:
             if guest:
-                guest.setup(trainer, module, "fit")
                 guest.on_fit_start(trainer, module)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,6 @@
 """Watch how much position a network encodes while it trains: python examples/watch_training.py
 
-Trains a tiny classifier on random images. Prints each map's SPC, and delta: what training changed (docs/method.md).
+Trains a tiny classifier on random images. Prints each map's SPC, and change: what training changed (docs/method.md).
 """
 
 import torch
@@ -32,7 +32,7 @@ def main(epochs: int = 5) -> dict[str, float]:
     probe = PositionProbeCallback(encoder="encoder")
     trainer = Trainer(max_epochs=epochs, callbacks=[probe], logger=False, enable_checkpointing=False)
     trainer.fit(Classifier(), DATA, DATA)
-    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.endswith(("/spc", "/delta"))}
+    return {k: v.item() for k, v in trainer.callback_metrics.items() if k.endswith(("/spc", "/change"))}
 
 
 if __name__ == "__main__":

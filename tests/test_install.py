@@ -22,6 +22,10 @@ EXTRAS = {  # what the extras of setup.py install: module -> distribution
     "jsonargparse": "jsonargparse",
     "rich": "rich",
     "scipy": "scipy",
+    "transformers": "transformers",
+    "peft": "peft",
+    "torchgeo": "torchgeo",
+    "lightly": "lightly",
 }
 BROUGHT = ("jinja2", "yaml", "filelock")  # torch and lightning bring these, but padprobe's base does not count on it
 WITHOUT_EXTRAS = f"""
@@ -75,7 +79,7 @@ def test_other_trouble_in_the_block_is_left_alone():
 def test_the_extras_named_in_messages_exist():
     extras = set(re.findall(r'^    "(\w+)": |^EXTRAS\["(\w+)"\]', (ROOT / "setup.py").read_text(), re.MULTILINE))
     known = {name for pair in extras for name in pair if name}
-    assert known == {"cli", "report", "tasks", "all", "dev"}
+    assert known == {"cli", "report", "tasks", "all", "dev", "hosts"}
     for path in ROOT.glob("padprobe/**/*.py"):
         for extra in re.findall(r'\brequire\("(\w+)"\)', path.read_text(encoding="utf-8")):
             assert extra in known, f"{path}: no extra is called {extra!r}"

@@ -2,7 +2,7 @@
 
 python docs/images/quick.py runs/quick       (a folder with results.csv, made by `make quick`)
 
-One dot is the SPC of one network's readout on held-out scenes; the line through it is the 95% bootstrap interval over
+One dot is the SPC of one network's readout on held-out scenes; the line through it is the 95% interval over
 images. Filled: the network pads with zeros. Open: it does not pad.
 """
 
