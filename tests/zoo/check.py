@@ -15,7 +15,7 @@ from padprobe.network.tap import StageTap
 from padprobe.network.trace import stage_shapes
 from tests.zoo.networks import Pair
 
-OPTIONS = {"limit_train": 8, "limit_test": 2, "epochs": 1, "untrained": 0, "grid": 8, "selectivity": False}
+OPTIONS = {"limit_train": 8, "limit_test": 2, "epochs": 1, "settle": True, "grid": 8, "selectivity": False}
 GRID = 8
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -101,12 +101,17 @@ def wrong_corners(maps: Tensor) -> list[str]:
 
 
 def known_maps(encoder: nn.Module, size: Pair) -> list[tuple[int, int, int]] | None:
-    """(channels, height, width) of all that timm's ``feature_info`` lists; None for networks of other libraries."""
+    """(channels, height, width) of all that timm's ``feature_info`` lists; None for networks of other libraries.
+
+    None too for a plain transformer's wrapper, which returns the last blocks only.
+    """
     info = getattr(encoder, "feature_info", None)
     if info is None:
         return None
     height, width = size
     entries = [info[i] for i in info.out_indices] if hasattr(info, "out_indices") else info
+    if hasattr(info, "out_indices") and len({entry["reduction"] for entry in entries}) == 1:
+        return None
     return [(e["num_chs"], -(-height // e["reduction"]), -(-width // e["reduction"])) for e in entries]
 
 

@@ -151,7 +151,7 @@ NETWORKS = [
     TORCHVISION("resnext50_32x4d", torchvision("resnext50_32x4d"), MIDDLE),
     TORCHVISION("densenet121", torchvision("densenet121"), MIDDLE),
     TORCHVISION("googlenet", torchvision("googlenet", init_weights=False), MIDDLE),
-    TORCHVISION("inception_v3", torchvision("inception_v3", init_weights=False), LARGE),
+    TORCHVISION("inception_v3", torchvision("inception_v3", init_weights=False), ((224, 288), (224, 224))),
     TORCHVISION("squeezenet1_1", torchvision("squeezenet1_1"), MIDDLE),
     TORCHVISION("mobilenet_v2", torchvision("mobilenet_v2"), LARGE),
     TORCHVISION("mobilenet_v3_small", torchvision("mobilenet_v3_small"), LARGE, quick=True),
