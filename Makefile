@@ -12,9 +12,9 @@ quick: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not zoo"
 
-# Networks and hosts of other packages, which it installs.
+# Tests with networks and hosts of other packages, which it installs.
 test-zoo: $(VENV)/.installed-hosts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/zoo tests/hosts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/zoo tests/hosts tests/network/test_layout.py tests/network/test_embedding.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from padprobe.errors import check_name
 from padprobe.maps import Size, size_pair
 from padprobe.network.encoders import load_encoder
+from padprobe.network.forward import smallest_image, takes
 from padprobe.network.padding import PADDING_MODES, as_built, list_padding, set_padding
 from padprobe.network.tap import center_crop
-from padprobe.network.trace import context_size, output_sides, smallest_image, stage_shapes, takes
+from padprobe.network.trace import context_size, output_sides, stage_shapes
 
 DECODERS = ("linear", "unet", "fpn", "deeplabv3plus", "pspnet", "linknet", "upernet")
 LARGEST = 2048  # px: the search for an image size that works ends here

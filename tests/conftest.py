@@ -82,3 +82,14 @@ class Frozen(Host):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values are equal bit for bit, tensors in dictionaries and lists too."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b

@@ -112,7 +112,7 @@ def find_layouts(
                 f"stage {stage!r} {what} by forward(); a stage's output has shape (B, C, H, W), (B, H, W, C) or "
                 f"(B, tokens, C). Usable: {usable}"
             )
-    prefix = _prefix_tokens(encoder)
+    prefix = prefix_tokens(encoder)
     doubtful: dict[str, list[Layout]] = {}
     for stage, layouts in candidates.items():
         # a grid can fit with several numbers of prefix tokens: the known one first
@@ -192,7 +192,7 @@ def _from_convolution(node: Any) -> bool:
     return node is not None and node.name().startswith(_CONVOLUTIONS)
 
 
-def _prefix_tokens(encoder: nn.Module) -> int:
+def prefix_tokens(encoder: nn.Module) -> int:
     """How many tokens a transformer puts before those of the image, as far as its attributes tell."""
     for module in encoder.modules():
         if isinstance(count := getattr(module, "num_prefix_tokens", None), int):  # timm
@@ -215,9 +215,8 @@ def _check_corners(
 
     height, width = size
     leaves = dead_leaves(2, max(size), seed=1)[:, torch.arange(image_channels(encoder)) % 3, :height, :width]
-    images = leaves[:1].repeat(
-        5, 1, 1, 1
-    )  # the image, then with another top left, top right, bottom left, bottom right
+    # the image, then with another top left, top right, bottom left, bottom right
+    images = leaves[:1].repeat(5, 1, 1, 1)
     for image, (rows, columns) in zip(images[1:], _quarters(height, width), strict=True):
         image[:, rows, columns] = leaves[1, :, rows, columns]
     first = next((p for p in encoder.parameters() if p.is_floating_point()), images)
@@ -247,8 +246,10 @@ def _quarters(height: int, width: int) -> list[tuple[slice, slice]]:
 
 
 def _corners_agree(maps: Tensor) -> bool:
-    """Whether in maps (5, C, H, W) the k-th quarter changes most from the first to the (k + 1)-th. Every channel counts
-    alike: a trained transformer has a few that are hundreds of times larger."""
+    """Whether in maps (5, C, H, W) the k-th quarter changes most from the first map to the (k + 1)-th.
+
+    Every channel counts alike: a trained transformer has a few that are hundreds of times larger.
+    """
     if min(maps.shape[-2:]) < 2:
         return False
     changes = (maps[1:] - maps[:1]).abs()  # (4, C, H, W)

@@ -60,9 +60,8 @@ def find_stages(encoder: nn.Module, image_size: Size = 224) -> list[str]:
     stages = _before_reductions(encoder, trace, _cuts(trace, nodes))
     if len(stages) == 1 and len(blocks := _blocks(trace, nodes)) > 1:
         return [block for i, block in enumerate(blocks, 1) if i % 2 == 0 or i == len(blocks) or len(blocks) == 2]
-    sizes = {call.layer: map_size(call, trace.size) or (0, 0) for call in trace.calls}
-    deeper = [layer for layer, size in sizes.items() if stages and 1 < 2 * max(size) <= max(sizes[stages[0]])]
-    deeper = [layer for layer in deeper if max(sizes[layer]) > 1]
+    sides = {call.layer: max(map_size(call, trace.size) or (0,)) for call in trace.calls}
+    deeper = [layer for layer, side in sides.items() if stages and 1 < side <= sides[stages[0]] / 2]
     if len(stages) == 1 and deeper:
         raise ValueError(
             f"only one stage of {type(encoder).__name__} passes on all information, {stages[0]!r}, but it has smaller "
@@ -239,8 +238,8 @@ def _cuts(trace: Trace, nodes: set[Any]) -> list[int]:
     """Indices, in order, of the outputs that may be maps and that every path from the image to the end passes through.
 
     If several modules give the same output, the outermost counts that returns nothing else, and never an Identity
-    behind it. The image itself,
-    which some encoders return first, is no stage. A module that is called several times in a pass cannot be tapped.
+    behind it. The image itself, which some encoders return first, is no stage. A module that is called several times
+    in a pass cannot be tapped.
     """
     times_called = Counter(call.layer for call in trace.calls)
     chosen: dict[Any, int] = {}

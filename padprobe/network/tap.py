@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from padprobe.maps import Size, size_pair
 from padprobe.network.cells import running
 from padprobe.network.forward import Output, first_tensor
-from padprobe.network.layout import Layout, fitting_layouts
+from padprobe.network.layout import Layout, fitting_layouts, prefix_tokens
 
 
 class StageTap:
@@ -64,7 +64,7 @@ class StageTap:
         self.grid = grid
         self._sides = dict(zip(stages, sides, strict=True)) if sides else {}
         self._layouts, self._layout = dict(layouts or {}), layout
-        self._prefix = next((m.num_prefix_tokens for m in encoder.modules() if hasattr(m, "num_prefix_tokens")), None)
+        self._prefix = prefix_tokens(encoder)
         self.active = True
         self.no_maps: dict[str, tuple[int, ...]] = {}
         self.modules = {stage: encoder.get_submodule(stage) for stage in stages}
@@ -122,8 +122,8 @@ class StageTap:
         shown = Output(stage, (2, *output.shape[1:]), output.grad_fn, module, None)
         fitting = fitting_layouts(shown, image, self._layout) if image else []
         if len(fitting) > 1:
-            known = 0 if self._prefix is None and self._layout == "tokens" else self._prefix
-            fitting = [layout for layout in fitting if layout.kind == "tokens" and layout.prefix == known]
+            is_known = self._prefix > 0 or self._layout == "tokens"
+            fitting = [x for x in fitting if is_known and x.kind == "tokens" and x.prefix == self._prefix]
         if len(fitting) == 1:
             self._layouts[stage] = fitting[0]
         return self._layouts.get(stage)

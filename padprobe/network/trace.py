@@ -9,10 +9,7 @@ from torch import nn
 
 from padprobe.maps import Size, size_pair
 from padprobe.network.cells import Alignment, Cells
-from padprobe.network.forward import Trace, trace_once
-from padprobe.network.forward import smallest_image as smallest_image
-from padprobe.network.forward import takes as takes
-from padprobe.network.forward import trace_forward as trace_forward
+from padprobe.network.forward import Trace, trace_forward, trace_once
 from padprobe.network.layout import find_layouts, map_size
 from padprobe.network.padding import as_built, has_shortcuts
 

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from padprobe import PositionProbeCallback
-from tests.conftest import Host, trainer
+from tests.conftest import Host, equal, trainer
 
 
 def probe(**options):
@@ -111,16 +111,6 @@ def fit(folder, guests, setting):
         torch.load(folder / "streams.pt"),
         pd.read_csv(folder / "csv" / "metrics.csv"),
     )
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 SLOW = {"compiled", "two processes"}

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from padprobe import PositionProbeCallback
-from tests.conftest import trainer
+from tests.conftest import equal, trainer
 
 pytestmark = pytest.mark.zoo
 WHY = 'a host of another package; `make test-zoo` installs it (pip install "padprobe[hosts]")'
@@ -226,16 +226,6 @@ def fit(folder: Path, setting: Setting, guests: Sequence[PositionProbeCallback])
         streams | {"torch": torch.get_rng_state()},
         logged,
     )
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def check_unchanged(ours: dict, theirs: dict, guests: int) -> None:

@@ -52,7 +52,7 @@ class _FirstOf(nn.Module):
 
 
 def transformers_vit(name):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="comes with padprobe[hosts]; see make test-zoo")
     config = getattr(transformers, name.replace("Model", "Config"))(**SMALL, intermediate_size=64)
     return getattr(transformers, name)(config)
 
@@ -305,7 +305,7 @@ def test_the_embeddings_of_three_libraries_are_listed_by_kind(name, kinds):
         elif library == "torchvision":
             network = torchvision.models.get_model(architecture)
         else:
-            transformers = pytest.importorskip("transformers")
+            transformers = pytest.importorskip("transformers", reason="comes with padprobe[hosts]; see make test-zoo")
             small = {} if "Swin" in architecture else SMALL
             more = {"use_absolute_position_embeddings": True, "use_relative_position_bias": True}
             more = more if architecture == "BeitModel" else {}

@@ -6,12 +6,13 @@ import torchvision
 from torch import nn
 
 from padprobe import find_stages, set_padding
+from padprobe.network.forward import smallest_image
 from padprobe.network.layout import find_layouts
 from padprobe.network.padding import as_built
 from padprobe.network.reach import padding_reach
 from padprobe.network.stages import choose_layers
 from padprobe.network.tap import StageTap, align, center_crop
-from padprobe.network.trace import context_size, smallest_image, stage_shapes
+from padprobe.network.trace import context_size, stage_shapes
 
 
 def network_of_shapes(name, **options):
