@@ -146,3 +146,26 @@ def test_a_folder_is_searched_once_whatever_its_links_and_names(tmp_path):
         ImageFolder(folder)
     assert str(error.value).encode()
     assert printable(odd).isascii()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_image_stored_on_its_side_is_turned_in_every_kind_of_tiff(tmp_path, orientation):
+    """Orientations 0 and 9 mean nothing, and nothing is turned."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(RAMP).save(tmp_path / "a.tif", exif=exif)
+    flipped = {2: RAMP[:, ::-1], 3: RAMP[::-1, ::-1], 4: RAMP[::-1], 5: RAMP.T, 6: np.rot90(RAMP, -1)}
+    flipped |= {7: RAMP[::-1, ::-1].T, 8: np.rot90(RAMP)}
+    assert np.array_equal(read_image(tmp_path / "a.tif")[..., 0], flipped.get(orientation, RAMP))
+    if orientation in flipped:
+        with pytest.raises(ValueError, match="EXIF data rotate it"):
+            read_for_task(tmp_path / "a.tif")
+    else:
+        assert np.array_equal(read_for_task(tmp_path / "a.tif")[..., 0], RAMP)
+
+
+def test_alpha_does_not_hide_that_an_image_is_nearly_black(tmp_path):
+    rows = b"".join(b"\0" + struct.pack(">4H", 3000, 3000, 3000, 65535) * 10 for _ in range(8))
+    (tmp_path / "a.png").write_bytes(png(10, 8, 16, 6, rows))
+    with pytest.raises(ValueError, match="12"):
+        read_image(tmp_path / "a.png")

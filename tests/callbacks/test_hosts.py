@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from padprobe import PositionProbeCallback
+from padprobe.callbacks.online import by_view
 from tests.conftest import Frozen, Host, trainer
 
 
@@ -210,3 +211,34 @@ def test_looking_for_stages_changes_nothing_in_the_host(tmp_path):
     assert (host.calls, host.grid) == (0, None)
     assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
     assert torch.equal(states[2], torch.get_rng_state())
+
+
+@pytest.mark.parametrize("case", ["empty loader", "after the last epoch"])
+def test_a_fit_in_which_no_validation_comes_is_refused(tmp_path, host, batches, case):
+    late = {"check_val_every_n_epoch": 3} if case == "after the last epoch" else {}
+    loader = batches if late else DataLoader([])
+    with pytest.raises(MisconfigurationException, match="this fit has none"):
+        trainer(tmp_path, probe(), max_epochs=2, **late).fit(host, batches, loader)
+    assert not any(m._forward_hooks for m in host.modules())
+
+
+@pytest.mark.parametrize("readout", ["posenet", "ridge"])
+@pytest.mark.parametrize("width", [12, 24])
+def test_a_layer_that_gets_another_width_is_trouble_and_the_host_goes_on(tmp_path, batches, width, readout):
+    class Changing(Host):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.encoder[4] = nn.Conv2d(8, width, 3, padding=1)
+                self.head = nn.Linear(width, 2)
+
+    run = trainer(tmp_path, probe(stages=["2", "5"], readout=readout), max_epochs=2)
+    with pytest.warns(UserWarning, match=r"channels, not 24"):
+        run.fit(Changing(), batches, batches)
+    assert run.callback_metrics["position/trouble"] > 0
+
+
+def test_frames_of_videos_are_dropped_with_their_video():
+    """Four samples of three frames: the frames of one sample are neighbours, and so a view is every third row."""
+    frames = torch.arange(12)
+    assert by_view(frames, 4, torch.zeros(4, 3, 3, 8, 8))[:, :2].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert by_view(frames, 4, torch.zeros(4, 3, 8, 8).flatten(1)).tolist() == frames.view(3, 4).tolist()

@@ -446,3 +446,21 @@ def test_asymmetric_padding_reaches_the_cells_that_change_with_its_values(name):
     assert torch.equal(changed[0].any(0), reach)
     assert torch.equal(padding_reach(set_padding(network, "symmetric"), ["1"], 12)["1"], reach)
     assert not padding_reach(set_padding(network, "valid"), ["1"], 12)["1"].any()
+
+
+def test_a_layer_that_pads_and_cannot_be_changed_is_named():
+    for layer in (
+        nn.Unfold(3, padding=1),
+        nn.Conv3d(3, 4, 3, padding=1),
+        torchvision.ops.DeformConv2d(3, 4, 3, padding=1),
+    ):
+        with pytest.raises(ValueError, match=f"layer '0' \\({type(layer).__name__}\\) pads by"):
+            set_padding(nn.Sequential(layer), "valid")
+
+
+def test_a_compiled_network_is_changed_inside_or_refused():
+    plain = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), backend="eager")
+    assert set_padding(plain, "valid") is plain
+    assert plain(torch.rand(1, 3, 8, 8)).shape == (1, 4, 6, 6)
+    with pytest.raises(ValueError, match=r"set its padding before torch.compile"):
+        set_padding(torch.compile(torchvision.models.resnet18(), backend="eager"), "valid")

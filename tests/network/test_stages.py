@@ -324,3 +324,69 @@ def test_nothing_that_a_network_keeps_comes_from_a_pass_of_ours():
     assert (encoder.grids, encoder.seen, caught) == ({}, [], [])
     encoder(torch.rand(1, 3, 16, 16))
     assert len(caught) == 2
+
+
+class BatchSecond(nn.Module):
+    """A transformer whose blocks take (tokens, images, channels), torch's own default."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.blocks = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
+
+    def forward(self, images):
+        return self.blocks(self.patches(images).flatten(2).permute(2, 0, 1))
+
+
+class Skipping(nn.Module):
+    """All that its deep maps know goes around them too, and its last addition is no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+    def forward(self, images):
+        maps = self.stem(images)
+        return maps + nn.functional.interpolate(self.deep(maps), scale_factor=2)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (BatchSecond(), r"gives \(tokens, images, channels\).*batch_first=True"),
+        (Skipping(), "only one stage of Skipping .* smaller maps, such as 'deep'"),
+        (nn.DataParallel(nn.Sequential(nn.Conv2d(3, 4, 3))), "is a DataParallel, .*its `module`"),
+    ],
+)
+def test_a_network_of_which_only_the_first_layers_would_be_read_is_refused(network, message):
+    with pytest.raises(ValueError, match=message):
+        find_stages(network, 32)
+
+
+def test_a_scripted_network_is_refused_and_keeps_its_mode():
+    scripted = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)).train(), torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="before it is scripted"):
+        find_stages(scripted, 8)
+    with pytest.raises(ValueError, match="before it is scripted"):
+        set_padding(scripted, "reflect")
+    assert scripted.training
+
+
+def test_a_part_that_returns_several_maps_is_no_stage():
+    network = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    assert find_stages(network, 64)[:4] == ["body.relu", "body.layer1", "body.layer2", "body.layer3"]
+
+
+def test_patches_that_are_unfolded_are_no_map():
+    """(B, C, pixels of a patch, patches) has four dimensions, and comes from a convolution."""
+
+    class Unfolding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mix = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 1)
+
+        def forward(self, images):
+            return self.mix(nn.functional.unfold(self.stem(images), 2, stride=2).unflatten(1, (4, 4)))
+
+    with pytest.raises(ValueError, match=r"could be NCHW of 4 x 96 cells.* does not change this corner"):
+        stage_shapes(Unfolding(), ["mix"], (32, 48))

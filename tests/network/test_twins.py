@@ -93,3 +93,8 @@ def test_tied_and_frozen_weights_stay_tied_and_frozen():
     assert twin[1].weight is twin[0].weight
     assert not twin[0].weight.requires_grad
     assert_untrained(encoder, twin)
+
+
+def test_a_twin_of_an_untrained_network_that_was_drawn_alike_is_no_mistake():
+    encoder = untrained_twin(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), 0)
+    assert torch.equal(untrained_twin(encoder, 0)[0].weight, encoder[0].weight)

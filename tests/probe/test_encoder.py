@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from lightning.fabric import Fabric
 from torch import nn
 
-from padprobe import load_encoder, probe_encoder
+from padprobe import load_encoder, probe_encoder, set_padding
 from padprobe.probe.options import ProbeOptions
 from padprobe.readout.spec import Readout
 from padprobe.results import COLUMNS, PROFILE, RUNS, Results
@@ -474,3 +475,18 @@ def test_a_name_may_be_any_object(vgg_options):
     results = probe_encoder(encoder, test={1: "black"}, labels={"run": 5}, **small)
     assert set(results.rows.run) == {"5"}
     assert "5/1/H/error" in results.maps
+
+
+def test_a_residual_network_without_padding_is_probed_and_reads_nothing_on_a_constant_image():
+    head = list(torchvision.models.resnet18(weights=None).children())[:5]
+    encoder = set_padding(nn.Sequential(*head), "valid")
+    options = {"stages": ["2", "4"], "grid": 8, "epochs": 1, "selectivity": False, "settle": True}
+    rows = probe_encoder(encoder, "noise", {"white": "white"}, image_size=96, limit_train=4, **options).rows
+    assert (rows[(rows.metric == "spc") & (rows.stages == "all")].value == 0).all()
+
+
+def test_a_twin_must_be_another_network():
+    encoder = small_vgg()
+    for twin, message in ((None, "a NoneType"), (encoder, "the encoder itself")):
+        with pytest.raises(ValueError, match=f"function `twin` returns {message}"):
+            probe_encoder(encoder, untrained=1, twin=lambda seed, twin=twin: twin, **TINY)

@@ -122,3 +122,12 @@ def test_batches_order_and_processes_change_nothing():
 def test_blocks_without_images_are_named():
     with pytest.raises(ValueError, match=r"have \[3, 0, .* not neighbours"):
         measured(torch.rand(3, 1, 4, 4), images=40).eta_squared()
+
+
+def test_a_large_constant_hides_no_variance():
+    generator = torch.Generator().manual_seed(0)
+    ramp = 0.02 * torch.linspace(-1, 1, 8)
+    features = 0.01 * torch.randn(20, 4, 8, 8, generator=generator) + ramp
+    constant = torch.full((20, 1, 8, 8), 300.7)
+    alone = measured(features).eta_squared().mean()
+    assert measured(torch.cat([features, constant], 1)).eta_squared().mean() == pytest.approx(alone.item(), abs=1e-4)
